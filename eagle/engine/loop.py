@@ -1,0 +1,80 @@
+"""The loop: prefill, then step after step, handing out each row's new tokens as they come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from eagle.engine.prefill import prefill
+from eagle.engine.state import Run
+from eagle.engine.step import step
+from eagle.model.ops import DecodeState
+
+
+@dataclass
+class GenerationStats:
+    """The figures of one run. ``accept_lengths`` has one entry for each step of each running row: the tokens it
+    committed. Prefill's token is in ``new_tokens`` and its pass is not in ``steps``."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    steps: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    reused_tokens: int = 0
+    accept_lengths: list[int] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return self.prefill_seconds + self.decode_seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.new_tokens / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def accept_length(self) -> float:
+        """τ: tokens committed by a target pass, averaged over the steps after prefill; 1.0 where there was none."""
+        return sum(self.accept_lengths) / len(self.accept_lengths) if self.accept_lengths else 1.0
+
+
+def decode(
+    run: Run, prompts: list[list[int]], max_new_tokens: int, stats: GenerationStats, reused: int = 0
+) -> Iterator[list[list[int]]]:
+    """Yield, for prefill and then for each step, the new tokens of each row (empty for a finished row).
+
+    Afterwards ``run.caches.prefix`` holds what may be reused (single-sequence runs).
+    """
+    run.caches.prefix = None
+    started = time.perf_counter()
+    lengths = [len(prompt) for prompt in prompts]
+    stats.prompt_tokens, stats.reused_tokens = sum(lengths), reused
+    state = prefill(run, prompts, max_new_tokens, reused)
+    new, done = _read(state)
+    stats.prefill_seconds = time.perf_counter() - started
+    stats.new_tokens += sum(map(len, new))
+    produced = [list(row) for row in new]
+    yield new
+    while not all(done):
+        started = time.perf_counter()
+        state = step(run, state, max(lengths))
+        before, (new, done) = done, _read(state)
+        stats.decode_seconds += time.perf_counter() - started
+        stats.steps += 1
+        for row, tokens in enumerate(new):
+            lengths[row] += len(tokens)
+            produced[row] += tokens
+            if not before[row]:
+                stats.accept_lengths.append(len(tokens))
+        stats.new_tokens += sum(map(len, new))
+        yield new
+    if len(prompts) == 1 and run.draft is not None:
+        # The draft's pairs of the last step's tokens were never written, so its cache ends that much earlier.
+        run.caches.prefix = (prompts[0] + produced[0])[: lengths[0] - len(new[0]) + 1]
+
+
+def _read(state: DecodeState) -> tuple[list[list[int]], list[bool]]:
+    """The one host read of a step: what it committed."""
+    counts = state.count.tolist()
+    return [row[:count] for row, count in zip(state.tokens.tolist(), counts, strict=True)], state.done.tolist()

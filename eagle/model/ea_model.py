@@ -1,0 +1,370 @@
+"""EaModel: the public class. It composes target, draft, ops and engine, and holds no maths."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from eagle.engine.loop import GenerationStats
+from eagle.engine.session import Session
+from eagle.errors import InvalidInputError
+from eagle.model.drafts import DraftModel
+from eagle.model.inputs import check_sampling, check_tree, token_budget, token_rows
+from eagle.model.loading import load_draft_model, load_target, load_tokenizer
+from eagle.model.locate import locate
+from eagle.model.ops import Ops, Sampling
+from eagle.model.target import Target
+from eagle.model.torch_ops import TORCH_OPS
+
+DEFAULT_NEW_TOKENS = 512
+
+
+class EaModel:
+    """A Hugging Face causal LM that generates by EAGLE speculative decoding, with its own output unchanged.
+
+    Build it with `from_pretrained`, or from parts: ``EaModel(base_model, draft, tokenizer)``.
+    """
+
+    def __init__(
+        self,
+        base_model: PreTrainedModel,
+        draft: DraftModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        total_token: int = 60,
+        depth: int = 7,
+        top_k: int = 10,
+        threshold: float = 1.0,
+        ops: Ops = TORCH_OPS,
+    ) -> None:
+        if not 0.0 < threshold <= 1.0:
+            raise InvalidInputError(f"threshold is {threshold}; expected a number above 0 and at most 1")
+        self.base_model = base_model.eval()
+        self.tokenizer = tokenizer
+        self.ops = ops
+        self.target = Target(base_model, ops, draft.config.aux_layers)
+        self.ea_layer = draft.eval()
+        self.ea_layer.attach(self.target)
+        self.threshold = threshold
+        self.draft_notes: list[str] = []
+        self.last_stats: GenerationStats | None = None
+        self._session = Session(self.target, self.ea_layer)
+        measured = 60 if total_token == -1 else total_token
+        self.tree_shape = check_tree(measured, depth, top_k, draft.config.draft_vocab_size)
+        if total_token == -1:
+            self.set_tree(self._fastest_total_token(), depth, top_k)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | None = None,
+        *,
+        base_model_path: str | None = None,
+        ea_model_path: str | None = None,
+        use_eagle3: bool | None = None,
+        total_token: int = 60,
+        depth: int = 7,
+        top_k: int = 10,
+        threshold: float = 1.0,
+        **hf_kwargs: Any,
+    ) -> EaModel:
+        """Load a target and its head.
+
+        name_or_path: a name from the registry (`eagle.model.presets`), a folder or a hub id; ``base_model_path`` is the
+        reference's name for the last two. ea_model_path: the head's folder or hub id, "random" for an untrained one, or
+        None for the registry's. use_eagle3: which kind the head must be, or None to accept what it is. total_token: -1
+        measures which size is fastest here. threshold: the reference takes and never reads it; it is checked and kept.
+        hf_kwargs go to transformers' ``from_pretrained``; dtype defaults to float32 on a CPU and to the checkpoint's
+        own on a GPU, where the model is put if there is one.
+
+        Raises ModelNotFoundError, DownloadError, CheckpointError, UnsupportedModelError or InvalidInputError.
+        """
+        location = locate(name_or_path, ea_model_path, base_model_path=base_model_path)
+        base_model = load_target(location.base, hf_kwargs)
+        draft, notes = load_draft_model(location.draft, base_model, use_eagle3)
+        tree = {"total_token": total_token, "depth": depth, "top_k": top_k, "threshold": threshold}
+        model = cls(base_model, draft, load_tokenizer(location.base, hf_kwargs), **tree)
+        model.draft_notes = notes
+        return model
+
+    def get_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The target's tokenizer."""
+        return self.tokenizer
+
+    @property
+    def config(self) -> Any:
+        return self.base_model.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.target.device
+
+    def set_tree(self, total_token: int, depth: int, top_k: int) -> None:
+        """Change the draft tree's shape for later calls. Raises InvalidInputError for one that can't be built."""
+        self.tree_shape = check_tree(total_token, depth, top_k, self.ea_layer.config.draft_vocab_size)
+
+    def stream(
+        self,
+        input_ids: Any,
+        *,
+        attention_mask: Any = None,
+        max_new_tokens: int | None = None,
+        max_length: int | None = None,
+        sampling: Sampling | None = None,
+        eos_token_id: int | Iterable[int] | None = None,
+        generator: torch.Generator | None = None,
+        seed: int | None = None,
+        speculative: bool = True,
+        reuse_prefix: bool = False,
+    ) -> Iterator[list[list[int]]]:
+        """Generate, yielding each step's new tokens as one list for each row.
+
+        Arguments are checked at the call, before the first step. ``self.last_stats`` holds the figures, and is complete
+        when the iterator ends. reuse_prefix: keep what the caches already hold of this prompt (one sequence; a growing
+        chat). Closing the iterator early leaves the model usable.
+        """
+        sampling = sampling or Sampling()
+        prompts = token_rows(input_ids, attention_mask, self.target.spec.vocab_size)
+        longest = max(map(len, prompts))
+        budget = token_budget(longest, self.target.context_length, max_new_tokens, max_length, DEFAULT_NEW_TOKENS)
+        eos = torch.tensor(sorted(self._eos_ids(eos_token_id)), dtype=torch.int64, device=self.device)
+        uniforms = None
+        if not sampling.greedy:
+            uniforms = _uniforms(len(prompts), budget + self.tree_shape.path, generator, seed).to(self.device)
+        stats = GenerationStats()
+        self.last_stats = stats
+        return self._session.run(
+            prompts,
+            budget,
+            self.ops,
+            self.tree_shape,
+            sampling,
+            eos,
+            uniforms,
+            stats,
+            speculative=speculative,
+            reuse_prefix=reuse_prefix,
+        )
+
+    def generate(
+        self,
+        input_ids: Any,
+        *,
+        attention_mask: Any = None,
+        max_new_tokens: int | None = None,
+        max_length: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        eos_token_id: int | Iterable[int] | None = None,
+        pad_token_id: int | None = None,
+        generator: torch.Generator | None = None,
+        seed: int | None = None,
+        streamer: Any = None,
+        speculative: bool = True,
+    ) -> torch.Tensor:
+        """Generate as transformers' ``generate`` does: prompt and new tokens, [B, T + new], int64.
+
+        input_ids: [B, T] or [T], with ``attention_mask`` if rows are padded, on either side. Rows that end early are
+        filled with ``pad_token_id``. temperature 0 is greedy; top_k cuts before top_p. Output ends at an end token (the
+        generation config's unless given) and never exceeds max_new_tokens, max_length (prompt included) or the model's
+        context; with neither limit, at most 512 new tokens. streamer: an object with ``put`` and ``end``, one sequence.
+        speculative=False is plain decoding on the same path. Raises InvalidInputError.
+        """
+        sampling = check_sampling(temperature, top_p, top_k, top_k_first=True)
+        eos = self._eos_ids(eos_token_id)
+        steps = self.stream(
+            input_ids,
+            attention_mask=attention_mask,
+            max_new_tokens=max_new_tokens,
+            max_length=max_length,
+            sampling=sampling,
+            eos_token_id=eos,
+            generator=generator,
+            seed=seed,
+            speculative=speculative,
+        )
+        prompt = _as_batch(input_ids)
+        if streamer is not None and prompt.shape[0] != 1:
+            raise InvalidInputError(f"a streamer takes one sequence, got a batch of {prompt.shape[0]}; leave it out")
+        if streamer is not None:
+            streamer.put(prompt[0].cpu())
+        rows: list[list[int]] = [[] for _ in range(prompt.shape[0])]
+        for new in steps:
+            for row, tokens in zip(rows, new, strict=True):
+                row += tokens
+            if streamer is not None and new[0]:
+                streamer.put(torch.tensor(new[0]))
+        if streamer is not None:
+            streamer.end()
+        pad = self._pad_id(eos) if pad_token_id is None else pad_token_id
+        longest = max(map(len, rows))
+        added = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=prompt.device)
+        return torch.cat((prompt, added), dim=1)
+
+    def eagenerate(
+        self,
+        input_ids: torch.Tensor,
+        temperature: float = 0.0,
+        top_p: float = 0.0,
+        top_k: float = 0.0,
+        max_new_tokens: int = 512,
+        max_length: int = 2048,
+        log: bool = False,
+        is_llama3: bool = False,
+    ) -> Any:
+        """The reference's method: prompt and new tokens [1, T + new]; with ``log`` also the number of new tokens and the
+        index of the last step. Sampling cuts by top_p before top_k, from torch's global generator."""
+        *_, last = self.ea_generate(
+            input_ids, temperature, top_p, top_k, max_new_tokens, max_length, is_llama3=is_llama3
+        )
+        return self._logged(last, input_ids, log)
+
+    def naivegenerate(
+        self,
+        input_ids: torch.Tensor,
+        temperature: float = 0.0,
+        top_p: float = 0.0,
+        top_k: float = 0.0,
+        max_new_tokens: int = 512,
+        max_length: int = 2048,
+        log: bool = False,
+        is_llama3: bool = False,
+    ) -> Any:
+        """Plain decoding with `eagenerate`'s parameters and return values."""
+        *_, last = self.naive_generate(
+            input_ids, temperature, top_p, top_k, max_new_tokens, max_length, is_llama3=is_llama3
+        )
+        return self._logged(last, input_ids, log)
+
+    def ea_generate(
+        self,
+        input_ids: torch.Tensor,
+        temperature: float = 0.0,
+        top_p: float = 0.0,
+        top_k: float = 0.0,
+        max_new_tokens: int = 512,
+        max_length: int = 2048,
+        log: bool = False,
+        is_llama3: bool = False,
+    ) -> Iterator[torch.Tensor]:
+        """The reference's streaming method: yields prompt and tokens so far [1, T + n] after every step."""
+        return self._reference_steps(
+            input_ids, temperature, top_p, top_k, max_new_tokens, max_length, is_llama3, speculative=True
+        )
+
+    def naive_generate(
+        self,
+        input_ids: torch.Tensor,
+        temperature: float = 0.0,
+        top_p: float = 0.0,
+        top_k: float = 0.0,
+        max_new_tokens: int = 512,
+        max_length: int = 2048,
+        log: bool = False,
+        is_llama3: bool = False,
+    ) -> Iterator[torch.Tensor]:
+        """Plain decoding with `ea_generate`'s parameters and return values."""
+        return self._reference_steps(
+            input_ids, temperature, top_p, top_k, max_new_tokens, max_length, is_llama3, speculative=False
+        )
+
+    def _reference_steps(
+        self,
+        input_ids: torch.Tensor,
+        temperature: float,
+        top_p: float,
+        top_k: float,
+        max_new_tokens: int,
+        max_length: int,
+        is_llama3: bool,
+        speculative: bool,
+    ) -> Iterator[torch.Tensor]:
+        output = _as_batch(input_ids)
+        if output.shape[0] != 1:
+            raise InvalidInputError(f"this method takes one sequence, got {output.shape[0]}; use generate for a batch")
+        limit = max_length - output.shape[1]
+        if limit <= 0:
+            raise InvalidInputError(
+                f"max_length is {max_length}, but the prompt has {output.shape[1]} tokens; raise it"
+            )
+        eos = self._eos_ids(None)
+        if self.tokenizer is not None:
+            extra = [self.tokenizer.eos_token_id]
+            if is_llama3:
+                extra.append(self.tokenizer.convert_tokens_to_ids("<|eot_id|>"))
+            eos |= {token for token in extra if token is not None}
+        steps = self.stream(
+            input_ids,
+            max_new_tokens=min(max_new_tokens, limit) if max_new_tokens > 0 else max_new_tokens,
+            sampling=check_sampling(temperature, top_p, top_k, top_k_first=False),
+            eos_token_id=eos,
+            speculative=speculative,
+        )
+
+        def outputs() -> Iterator[torch.Tensor]:
+            so_far = output
+            for new in steps:
+                so_far = torch.cat((so_far, torch.tensor([new[0]], device=so_far.device)), dim=1)
+                yield so_far
+
+        return outputs()
+
+    def _logged(self, output: torch.Tensor, input_ids: torch.Tensor, log: bool) -> Any:
+        new_tokens = output.shape[1] - _as_batch(input_ids).shape[1]
+        return (output, new_tokens, max(0, self.last_stats.steps - 1)) if log else output
+
+    def _fastest_total_token(self) -> int:
+        """The reference's choice for total_token=-1: the tree whose target pass is cheapest for what it yields.
+
+        The gains are the reference's estimates of the relative accept length at each size.
+        """
+        gains = {40: 1.0, 48: 1.05, 50: 1.07, 56: 1.1, 60: 1.13}
+        allowed = {size: gain for size, gain in gains.items() if size - 1 <= self.tree_shape.candidates}
+        if not allowed:
+            return self.tree_shape.candidates + 1
+        cache = self.target.new_cache(1, 256)
+        zero = torch.zeros(1, dtype=torch.int64, device=self.device)
+        cost = {}
+        for size, gain in allowed.items():
+            tokens = torch.randint(self.target.spec.vocab_size, (1, size), device=self.device)
+            times = []
+            for _ in range(6):  # the first is a warm-up
+                started = time.perf_counter()
+                self.target.forward(tokens, cache, zero)[0][0, 0, 0].item()
+                times.append(time.perf_counter() - started)
+            cost[size] = sorted(times[1:])[2] / gain
+        return min(cost, key=cost.__getitem__)
+
+    def _eos_ids(self, given: int | Iterable[int] | None) -> set[int]:
+        if given is None:
+            config = self.base_model.generation_config
+            given = config.eos_token_id if config is not None else None
+            given = self.target.config.eos_token_id if given is None else given
+        if given is None:
+            return set()
+        return {given} if isinstance(given, int) else {int(token) for token in given}
+
+    def _pad_id(self, eos: set[int]) -> int:
+        known = (getattr(self.base_model.generation_config, "pad_token_id", None), self.target.config.pad_token_id)
+        return next((pad for pad in (*known, *sorted(eos)) if isinstance(pad, int) and pad >= 0), 0)
+
+
+def _as_batch(input_ids: Any) -> torch.Tensor:
+    ids = torch.as_tensor(input_ids)
+    return ids[None] if ids.dim() == 1 else ids
+
+
+def _uniforms(batch: int, count: int, generator: torch.Generator | None, seed: int | None) -> torch.Tensor:
+    """Uniform numbers [B, count], one for each output position. Drawn on the generator's device, a CPU unless the caller
+    brings another, so that one seed gives one text wherever the model runs."""
+    if generator is not None and seed is not None:
+        raise InvalidInputError("both generator and seed were given; pass one of them")
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed)
+    device = generator.device if generator is not None else torch.device("cpu")
+    return torch.rand(batch, count, generator=generator, device=device)

@@ -1,0 +1,104 @@
+"""What callers hand in, checked and brought into one form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from eagle.errors import InvalidInputError
+from eagle.model.ops import Sampling, TreeShape
+
+
+def check_tree(total_token: int, depth: int, top_k: int, draft_vocab_size: int) -> TreeShape:
+    """The tree's shape, or InvalidInputError naming the bound that was missed."""
+    for name, value, least in (("total_token", total_token, 2), ("depth", depth, 0), ("top_k", top_k, 1)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise InvalidInputError(f"{name} is {value!r}; expected a whole number of at least {least}")
+    if top_k > draft_vocab_size:
+        raise InvalidInputError(
+            f"top_k is {top_k}, but the draft head knows only {draft_vocab_size} tokens; lower top_k to that or less"
+        )
+    shape = TreeShape(total_token, depth, top_k)
+    if total_token - 1 > shape.candidates:
+        raise InvalidInputError(
+            f"total_token is {total_token}, but depth {depth} and top_k {top_k} give only {shape.candidates} candidates "
+            f"and the root; lower total_token to {shape.candidates + 1} or raise depth or top_k"
+        )
+    return shape
+
+
+def check_sampling(temperature: float, top_p: float, top_k: float, *, top_k_first: bool) -> Sampling:
+    """Sampling settings, or InvalidInputError. top_p 0 and 1 both mean off, top_k 0 means off."""
+    if not temperature >= 0.0 or temperature == float("inf"):
+        raise InvalidInputError(f"temperature is {temperature}; expected 0 (greedy) or a positive number")
+    if not 0.0 <= top_p <= 1.0:
+        raise InvalidInputError(f"top_p is {top_p}; expected a number from 0 to 1 (0 and 1 both turn it off)")
+    if top_k < 0 or int(top_k) != top_k:
+        raise InvalidInputError(f"top_k is {top_k}; expected a whole number of at least 0 (0 turns it off)")
+    # The reference treats temperatures up to 1e-5 as greedy.
+    temperature = 0.0 if temperature <= 1e-5 else float(temperature)
+    return Sampling(temperature, float(top_p), int(top_k), top_k_first)
+
+
+def token_rows(input_ids: Any, attention_mask: Any, vocab_size: int) -> list[list[int]]:
+    """Prompts as lists of token ids, padding removed.
+
+    input_ids: [T] or [B, T] integers, or a list of rows of unequal length; attention_mask: the shape of input_ids, 0
+    for padding on either side, or None. Raises InvalidInputError for an empty prompt, an id outside the vocabulary, or
+    a mask that does not fit.
+    """
+    if isinstance(input_ids, Sequence) and input_ids and isinstance(input_ids[0], Sequence):
+        rows = [[int(token) for token in row] for row in input_ids]
+        if attention_mask is not None:
+            raise InvalidInputError("attention_mask was given with a list of rows; rows in a list carry no padding")
+    else:
+        ids = torch.as_tensor(input_ids)
+        if ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() not in (1, 2):
+            raise InvalidInputError(
+                f"input_ids has dtype {ids.dtype} and shape {list(ids.shape)}; expected integers of shape [T] or [B, T]"
+            )
+        ids = ids[None] if ids.dim() == 1 else ids
+        mask = torch.ones_like(ids) if attention_mask is None else torch.as_tensor(attention_mask)
+        mask = mask[None] if mask.dim() == 1 else mask
+        if mask.shape != ids.shape:
+            raise InvalidInputError(
+                f"attention_mask has shape {list(mask.shape)}, input_ids {list(ids.shape)}; expected equal shapes"
+            )
+        rows = []
+        for row, keep in zip(ids.tolist(), mask.bool().tolist(), strict=True):
+            kept = [index for index, flag in enumerate(keep) if flag]
+            if kept and kept != list(range(kept[0], kept[-1] + 1)):
+                raise InvalidInputError("attention_mask has a gap inside a prompt; padding may only lead or trail")
+            rows.append([row[index] for index in kept])
+    if not rows or any(not row for row in rows):
+        raise InvalidInputError("the prompt is empty; expected at least one token")
+    worst = max(max(row) for row in rows), min(min(row) for row in rows)
+    if worst[0] >= vocab_size or worst[1] < 0:
+        bad = worst[0] if worst[0] >= vocab_size else worst[1]
+        raise InvalidInputError(f"input_ids holds the id {bad}; expected ids from 0 to {vocab_size - 1}")
+    return rows
+
+
+def token_budget(
+    longest: int, context: int, max_new_tokens: int | None, max_length: int | None, default_new_tokens: int
+) -> int:
+    """How many tokens a run may add. ``max_length`` counts the prompt; ``max_new_tokens`` wins over it.
+
+    Raises InvalidInputError for limits that allow nothing and prompts that do not fit the context (positions).
+    """
+    if max_new_tokens is not None and max_new_tokens <= 0:
+        raise InvalidInputError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+    if longest >= context:
+        raise InvalidInputError(
+            f"the prompt has {longest} tokens, but the model's context holds {context}, new tokens included; shorten it"
+        )
+    if max_new_tokens is None and max_length is not None and max_length <= longest:
+        raise InvalidInputError(
+            f"max_length is {max_length}, but the prompt alone has {longest} tokens; raise it or set max_new_tokens"
+        )
+    room = context - longest
+    if max_new_tokens is not None:
+        return min(max_new_tokens, room)
+    return min(default_new_tokens if max_length is None else max_length - longest, room)

@@ -1,0 +1,96 @@
+"""From a located pair of folders or hub ids to a target, a tokenizer and a draft head."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from eagle.errors import CheckpointError, ModelNotFoundError
+from eagle.model.checkpoints import DraftState, default_draft_config, load_draft, random_draft
+from eagle.model.draft_config import TargetSpec
+from eagle.model.drafts import DraftModel
+from eagle.model.locate import ensure_local
+
+RANDOM_DRAFT = "random"
+
+
+def load_target(source: str, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
+    """The causal LM of a folder or hub id, by transformers' own classes.
+
+    Without ``dtype`` or ``device_map``: float32 on a CPU, the checkpoint's own dtype on the first GPU.
+    """
+    options = dict(hf_kwargs)
+    if "torch_dtype" in options:  # the reference's spelling; transformers 5 says dtype
+        options["dtype"] = options.pop("torch_dtype")
+    on_gpu = torch.cuda.is_available()
+    options.setdefault("dtype", "auto" if on_gpu else torch.float32)
+    if on_gpu:
+        options.setdefault("device_map", {"": 0})
+    folder = ensure_local(source, "target model", **_hub_options(hf_kwargs))
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, **options)
+    except SafetensorError as error:
+        raise CheckpointError(f"the weights in {folder} are damaged ({error}); fetch or copy them again") from error
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelNotFoundError(
+            f"transformers could not load a causal LM from {folder}: {first}; expected a Hugging Face model folder"
+        ) from error
+
+
+def load_tokenizer(source: str, hf_kwargs: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside the model, or None where the folder holds none."""
+    folder = ensure_local(source, "target model", **_hub_options(hf_kwargs))
+    if not any(name.startswith("token") for name in os.listdir(folder)):
+        return None
+    trust = {"trust_remote_code": True} if hf_kwargs.get("trust_remote_code") else {}
+    return AutoTokenizer.from_pretrained(folder, **trust)
+
+
+def load_draft_model(
+    source: str | None, base_model: PreTrainedModel, use_eagle3: bool | None = None
+) -> tuple[DraftModel, list[str]]:
+    """The head for a target, and the conventions its loading resolved, a line each."""
+    config = base_model.config.get_text_config(decoder=True)
+    output = base_model.get_output_embeddings()
+    vocab = output.weight.shape[0] if output is not None and output.weight.dim() == 2 else config.vocab_size
+    spec = TargetSpec(config.hidden_size, vocab, config.num_hidden_layers)
+    if source is None or source == RANDOM_DRAFT:
+        return build_draft(random_head(config, spec, use_eagle3)), ["the head is untrained: drafts are guesses"]
+    state = load_draft(ensure_local(source, "draft head"), spec, use_eagle3=use_eagle3)
+    return build_draft(state), state.notes
+
+
+def random_head(config: Any, spec: TargetSpec, use_eagle3: bool | None) -> DraftState:
+    """A head made from nothing, shaped like one layer of the target."""
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    draft = default_draft_config(
+        spec,
+        kind="eagle1" if use_eagle3 is False else "eagle3",
+        num_heads=heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=head_dim + head_dim % 2,
+        intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+    )
+    return random_draft(draft, seed=0)
+
+
+def build_draft(state: DraftState) -> DraftModel:
+    """The module of a canonical state. Every tensor finds its place or loading fails."""
+    with torch.device("meta"):
+        model = DraftModel(
+            state.config,
+            own_lm_head="lm_head.weight" in state.tensors,
+            own_embedding="embed_tokens.weight" in state.tensors,
+        )
+    model.load_state_dict(state.tensors, strict=True, assign=True)
+    return model.requires_grad_(False)
+
+
+def _hub_options(hf_kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {key: hf_kwargs[key] for key in ("revision", "token", "cache_dir") if key in hf_kwargs}

@@ -1,0 +1,64 @@
+"""Which Hugging Face models can be driven, and the words for those that cannot."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from eagle.errors import UnsupportedModelError
+
+ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def check_config(model: PreTrainedModel, config: PretrainedConfig) -> None:
+    """Refuse, before anything runs, a model whose configuration rules it out."""
+    name = type(model).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder model; a decoder-only causal LM is needed")
+    odd = sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS)
+    if odd:
+        raise UnsupportedModelError(
+            f"{name} has layers of type {', '.join(odd)}; only {' and '.join(sorted(ATTENTION_LAYERS))} can be drafted "
+            "for: use a decoder whose layers are all of these types"
+        )
+    if getattr(config, "attention_chunk_size", None):
+        raise UnsupportedModelError(f"{name} uses chunked attention, which has no tree form here: use another target")
+    parameters = inspect.signature(model.forward).parameters
+    for wanted in ("position_ids", "past_key_values", "logits_to_keep"):
+        if wanted not in parameters:
+            raise UnsupportedModelError(
+                f"{name}.forward takes no {wanted!r}, which a tree pass needs: use a model whose transformers class does"
+            )
+
+
+def check_attention_call(model: PreTrainedModel, config: PretrainedConfig, calls: list[dict[str, Any]]) -> None:
+    """Refuse a model whose layers do not all attend through the attention interface, or ask it for something more."""
+    name, layers = type(model).__name__, config.num_hidden_layers
+    if len(calls) != layers:
+        raise UnsupportedModelError(
+            f"{name} called transformers' attention interface {len(calls)} times in a pass of {layers} layers; "
+            "each layer must call it once: use a model whose transformers class supports custom attention"
+        )
+    types = getattr(config, "layer_types", None) or [None] * layers
+    for index, (call, kind) in enumerate(zip(calls, types, strict=True)):
+        if call.get("s_aux") is not None:
+            raise UnsupportedModelError(f"{name} layer {index} uses attention sinks, which no op here serves")
+        if call["attention_mask"] is not None:
+            raise UnsupportedModelError(
+                f"{name} layer {index} makes an attention mask of its own; a tree can't be added"
+            )
+        if kind == "sliding_attention" and call.get("sliding_window") is None:
+            raise UnsupportedModelError(f"{name} layer {index} slides its window through a mask, which no op here sees")
+
+
+def decoder_layers(model: PreTrainedModel, count: int) -> nn.ModuleList:
+    """The list of the model's decoder layers."""
+    for _, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count and count > 0:
+            return module
+    raise UnsupportedModelError(
+        f"{type(model).__name__} has no list of {count} decoder layers (num_hidden_layers); features can't be tapped"
+    )
