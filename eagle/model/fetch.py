@@ -1,0 +1,84 @@
+"""Getting weights ahead of time: into the caches, or as plain folders that can be carried to another machine."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+from eagle.errors import EagleError, InvalidInputError, OutOfMemoryError
+from eagle.model.embedded import MANIFEST
+from eagle.model.locate import RANDOM_DRAFT, ensure_local, locate
+
+_LINK_FROM_BYTES = 10_000_000
+
+
+def fetch(
+    name: str | None = None,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    ea_model_path: str | None = None,
+    revision: str | None = None,
+    progress: bool = True,
+) -> list[Path]:
+    """Bring a model and its head to this machine; later runs need no network.
+
+    Without ``out`` they stay in the caches. With it, ``out/target`` and ``out/head`` become plain Hugging Face folders
+    (large files are hard links into the cache where the disk allows it), and ``out`` itself is a name for the pair.
+
+    → the target's folder and, where there is a head, the head's.
+
+    Raises:
+        ModelNotFoundError, DownloadError, OutOfMemoryError: as :func:`~eagle.model.locate.locate` and ``ensure_local``.
+        InvalidInputError: ``out`` holds a model already.
+        EagleError: ``out`` cannot be written.
+    """
+    parts = ("target", "head")
+    if out is not None:
+        out = Path(out).expanduser()
+        for part in parts:
+            if (out / part).exists():
+                raise InvalidInputError(f"{out / part} exists already; give a new folder, or remove it first")
+    location = locate(name, ea_model_path, revision=revision, progress=progress)
+    folders = [ensure_local(location.base, "target", revision=location.revision, progress=progress)]
+    if location.draft not in (None, RANDOM_DRAFT):
+        folders.append(ensure_local(location.draft, "head", progress=progress))
+    if out is None:
+        return folders
+    return [_place(source, out / part) for source, part in zip(folders, parts, strict=False)]
+
+
+def _place(source: Path, destination: Path) -> Path:
+    """Copy or link the files of ``source`` (a flat folder) to ``destination``, which appears only once it is whole."""
+    staging = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
+    try:
+        staging.mkdir(parents=True)
+        for path in sorted(source.iterdir()):
+            real = path.resolve()  # the hub's cache holds links to its blobs
+            if real.is_file() and path.name != MANIFEST:
+                _link_or_copy(real, staging / path.name)
+        staging.rename(destination)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise OutOfMemoryError(
+                f"no disk space left for {destination} ({shutil.disk_usage(staging.parent).free / 1e6:.0f} MB free)"
+            ) from error
+        raise EagleError(
+            f"cannot write {destination} ({error.strerror or error}); give a folder that can be written"
+        ) from (error)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return destination
+
+
+def _link_or_copy(source: Path, destination: Path) -> None:
+    # Small files are copied: an edited config must not change the cache.
+    if source.stat().st_size >= _LINK_FROM_BYTES:
+        try:
+            os.link(source, destination)
+        except OSError:  # another disk, or one without hard links
+            pass
+        else:
+            return
+    shutil.copyfile(source, destination)

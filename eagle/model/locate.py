@@ -1,0 +1,111 @@
+"""From what the user typed to where the target and its draft head are."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from eagle.errors import InvalidInputError, ModelNotFoundError
+from eagle.model.embedded import ensure_embedded
+from eagle.model.hub import check_model_folder, ensure_local, looks_like_hub_id
+from eagle.model.presets import DEFAULT_MODEL, Preset, find_preset, hint
+
+__all__ = ["RANDOM_DRAFT", "ModelLocation", "ensure_local", "locate"]
+
+RANDOM_DRAFT = "random"
+"""In place of a head: one made from nothing, right in shape and useless in its guesses."""
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+
+
+@dataclass(frozen=True)
+class ModelLocation:
+    """Where a pair is. ``base`` and ``draft`` are folders or hub ids; :func:`ensure_local` makes folders of both."""
+
+    base: str
+    draft: str | None
+    """A folder, a hub id, "random", or None where no head was named."""
+    preset: Preset | None = None
+    draft_is_untrained: bool = False
+    revision: str | None = None
+    """Branch, tag or commit of ``base`` on the hub."""
+
+
+def locate(
+    name_or_path: str | os.PathLike[str] | None = None,
+    ea_model_path: str | os.PathLike[str] | None = None,
+    *,
+    base_model_path: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    progress: bool = True,
+) -> ModelLocation:
+    """Resolve a target and a head.
+
+    The target is ``name_or_path`` or ``base_model_path`` (the reference's name for it), or the default model: a preset
+    (in any case; write ``./NAME`` for a folder of that name), a model folder, a folder written by ``eagle fetch --out``
+    (it brings its head along), or a hub id. ``ea_model_path`` is a folder, a hub id or "random", and goes before the
+    preset's head. The embedded model is made if it is missing; hub ids are not looked up.
+
+    Raises:
+        ModelNotFoundError: nothing usable is there; the message names what is missing, or near matches.
+        InvalidInputError: two different targets are given.
+        DownloadError, OutOfMemoryError, EagleError: see :func:`eagle.model.embedded.ensure_embedded`.
+    """
+    given = [os.fspath(value) for value in (name_or_path, base_model_path) if value is not None]
+    if len(set(given)) > 1:
+        raise InvalidInputError(f"two targets are given, {given[0]!r} and {given[1]!r}; give one")
+    name = given[0] if given else DEFAULT_MODEL
+    draft = None if ea_model_path is None else _locate_draft(os.fspath(ea_model_path))
+
+    preset = find_preset(name)
+    if preset is None:
+        base, own_draft = _locate_base(name)
+    elif preset.origin == "hub":
+        base, own_draft = preset.base, preset.draft
+    elif preset.origin == "embedded":
+        base, own_draft = str(ensure_embedded(progress=progress)), _packaged_head(preset)
+    else:
+        raise ModelNotFoundError(
+            f"{preset.name} ({preset.about}) cannot be built by this version yet; use {preset.base}, its source"
+        )
+    draft = own_draft if draft is None else draft
+    return ModelLocation(base, draft, preset, draft_is_untrained=draft == RANDOM_DRAFT, revision=revision)
+
+
+def _locate_base(name: str) -> tuple[str, str | None]:
+    """A folder, with its head where ``eagle fetch --out`` has put one beside it, or a hub id."""
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not (folder / "config.json").exists() and (folder / "target").is_dir():
+        head = folder / "head"
+        base = check_model_folder(folder / "target", "target")
+        return str(base), str(check_model_folder(head, "head")) if head.exists() else None
+    if name and (folder.exists() or _is_path(name)):
+        return str(check_model_folder(folder, "target")), None
+    if looks_like_hub_id(name):
+        return name, None
+    raise ModelNotFoundError(f"unknown model {name!r}: {hint(name)}")
+
+
+def _locate_draft(name: str) -> str:
+    if name == RANDOM_DRAFT:
+        return name
+    folder = Path(name).expanduser()
+    if name and (folder.exists() or _is_path(name)):
+        return str(check_model_folder(folder, "head"))
+    if looks_like_hub_id(name):
+        return name
+    if (preset := find_preset(name)) is not None and preset.origin == "hub":
+        return preset.draft
+    raise ModelNotFoundError(f"unknown head {name!r}: give a folder, a hub id 'org/name', or {RANDOM_DRAFT!r}")
+
+
+def _packaged_head(preset: Preset) -> str:
+    """The head that ships in the package; "random" in a version that ships none."""
+    folder = ASSETS / preset.draft
+    return str(check_model_folder(folder, "head")) if folder.exists() else RANDOM_DRAFT
+
+
+def _is_path(name: str) -> bool:
+    """Whether ``name`` can only be meant as a path: hub ids have one slash and start with neither dot nor tilde."""
+    return Path(name).is_absolute() or name.startswith((".", "~")) or "\\" in name or name.count("/") > 1

@@ -1,0 +1,20 @@
+"""Shared by the tests: seeds, tiny models, relative error."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from tiny import seeded
+
+torch.set_num_threads(max(1, min(2, torch.get_num_threads())))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_seed(request: pytest.FixtureRequest) -> None:
+    """Random inputs that differ from test to test and are the same from run to run."""
+    seeded(request.node.nodeid)
