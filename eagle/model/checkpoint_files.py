@@ -162,8 +162,8 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 def _read_pickle(path: Path, start: bytes) -> dict[str, torch.Tensor]:
     zipped = start.startswith(b"PK\x03\x04")  # torch's own test of the two formats; only this one can be mapped
     try:
-        with warnings.catch_warnings():  # of protocols that the restricted unpickler goes on to refuse
-            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+        with warnings.catch_warnings():  # about odd content, which is then refused in one line of our own
+            warnings.simplefilter("ignore", UserWarning)
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         if _WANTS_CODE.search(_one_line(error, most=10_000)) or (not zipped and _names_functions(path)):

@@ -46,11 +46,10 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with RoPE over the draft's cache. EAGLE-3 feeds it twice the hidden size."""
+    """Grouped-query attention with RoPE over the draft's cache. EAGLE-3's first layer feeds it twice the hidden size."""
 
-    def __init__(self, config: DraftConfig) -> None:
+    def __init__(self, config: DraftConfig, width: int) -> None:
         super().__init__()
-        width = config.hidden_size * (2 if config.kind == "eagle3" else 1)
         kv_size = config.num_kv_heads * config.head_dim
         self.head_dim, self.scale = config.head_dim, config.head_dim**-0.5
         self.q_proj = nn.Linear(width, config.num_heads * config.head_dim, bias=config.qkv_bias)
@@ -87,24 +86,24 @@ class MLP(nn.Module):
 class DraftLayer(nn.Module):
     """One decoder layer of the head.
 
-    EAGLE-3: attention reads ``cat(input_layernorm(emb), hidden_norm(h))``. EAGLE-1/2: a plain layer, the first of which
-    has no ``input_layernorm``.
+    EAGLE-3's first: attention reads ``cat(input_layernorm(emb), hidden_norm(h))``. EAGLE-1/2's first: a plain layer
+    without ``input_layernorm``. Further layers of either are plain.
     """
 
     def __init__(self, config: DraftConfig, index: int) -> None:
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
-        self.eagle3, self.index = config.kind == "eagle3", index
+        self.fuses, self.index = config.kind == "eagle3" and index == 0, index
         self.norm_before_residual = config.norm_before_residual
-        self.input_layernorm = Norm(size, eps) if self.eagle3 or index > 0 else None
-        self.hidden_norm = Norm(size, eps) if self.eagle3 else None
-        self.self_attn = Attention(config)
+        self.input_layernorm = Norm(size, eps) if self.fuses or index > 0 else None
+        self.hidden_norm = Norm(size, eps) if self.fuses else None
+        self.self_attn = Attention(config, size * (2 if self.fuses else 1))
         self.post_attention_layernorm = Norm(size, eps)
         self.mlp = MLP(config)
 
     def forward(self, hidden: torch.Tensor, embedded: torch.Tensor, rope, call: DraftCall) -> torch.Tensor:
         ops, residual = call.ops, hidden
-        if self.eagle3:
+        if self.fuses:
             normed = self.hidden_norm(hidden, ops)
             residual = normed if self.norm_before_residual else hidden
             x = torch.cat((self.input_layernorm(embedded, ops), normed), dim=-1)

@@ -11,11 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eagle.engine.loop import GenerationStats
 from eagle.engine.session import Session
-from eagle.errors import InvalidInputError
+from eagle.errors import InvalidInputError, ModelNotFoundError
 from eagle.model.drafts import DraftModel
 from eagle.model.inputs import check_sampling, check_tree, token_budget, token_rows
 from eagle.model.loading import load_draft_model, load_target, load_tokenizer
 from eagle.model.locate import locate
+from eagle.model.presets import heads_for
 from eagle.model.ops import Ops, Sampling
 from eagle.model.target import Target
 from eagle.model.torch_ops import TORCH_OPS
@@ -53,8 +54,7 @@ class EaModel:
         self.draft_notes: list[str] = []
         self.last_stats: GenerationStats | None = None
         self._session = Session(self.target, self.ea_layer)
-        measured = 60 if total_token == -1 else total_token
-        self.tree_shape = check_tree(measured, depth, top_k, draft.config.draft_vocab_size)
+        self.set_tree(2 if total_token == -1 else total_token, depth, top_k)
         if total_token == -1:
             self.set_tree(self._fastest_total_token(), depth, top_k)
 
@@ -83,7 +83,15 @@ class EaModel:
 
         Raises ModelNotFoundError, DownloadError, CheckpointError, UnsupportedModelError or InvalidInputError.
         """
-        location = locate(name_or_path, ea_model_path, base_model_path=base_model_path)
+        location = locate(
+            name_or_path, ea_model_path, base_model_path=base_model_path, revision=hf_kwargs.get("revision")
+        )
+        if location.draft is None:
+            known = ", ".join(preset.draft for preset in heads_for(location.base)) or "none is known for it here"
+            raise ModelNotFoundError(
+                f"no draft head was named for {location.base} ({known}); pass ea_model_path=FOLDER, a hub id, or "
+                '"random" for an untrained one'
+            )
         base_model = load_target(location.base, hf_kwargs)
         draft, notes = load_draft_model(location.draft, base_model, use_eagle3)
         tree = {"total_token": total_token, "depth": depth, "top_k": top_k, "threshold": threshold}
@@ -105,7 +113,7 @@ class EaModel:
 
     def set_tree(self, total_token: int, depth: int, top_k: int) -> None:
         """Change the draft tree's shape for later calls. Raises InvalidInputError for one that can't be built."""
-        self.tree_shape = check_tree(total_token, depth, top_k, self.ea_layer.config.draft_vocab_size)
+        self.tree_shape: TreeShape = check_tree(total_token, depth, top_k, self.ea_layer.config.draft_vocab_size)
 
     def stream(
         self,

@@ -13,9 +13,9 @@ from eagle.errors import CheckpointError, ModelNotFoundError
 from eagle.model.checkpoints import DraftState, default_draft_config, load_draft, random_draft
 from eagle.model.draft_config import TargetSpec
 from eagle.model.drafts import DraftModel
-from eagle.model.locate import ensure_local
+from eagle.model.hub import ensure_local
+from eagle.model.locate import RANDOM_DRAFT
 
-RANDOM_DRAFT = "random"
 
 
 def load_target(source: str, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
@@ -30,7 +30,7 @@ def load_target(source: str, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
     options.setdefault("dtype", "auto" if on_gpu else torch.float32)
     if on_gpu:
         options.setdefault("device_map", {"": 0})
-    folder = ensure_local(source, "target model", **_hub_options(hf_kwargs))
+    folder = ensure_local(source, "target model", revision=hf_kwargs.get("revision"))
     try:
         return AutoModelForCausalLM.from_pretrained(folder, **options)
     except SafetensorError as error:
@@ -44,7 +44,7 @@ def load_target(source: str, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
 
 def load_tokenizer(source: str, hf_kwargs: dict[str, Any]) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside the model, or None where the folder holds none."""
-    folder = ensure_local(source, "target model", **_hub_options(hf_kwargs))
+    folder = ensure_local(source, "target model", revision=hf_kwargs.get("revision"))
     if not any(name.startswith("token") for name in os.listdir(folder)):
         return None
     trust = {"trust_remote_code": True} if hf_kwargs.get("trust_remote_code") else {}
@@ -52,16 +52,17 @@ def load_tokenizer(source: str, hf_kwargs: dict[str, Any]) -> PreTrainedTokenize
 
 
 def load_draft_model(
-    source: str | None, base_model: PreTrainedModel, use_eagle3: bool | None = None
+    source: str, base_model: PreTrainedModel, use_eagle3: bool | None = None
 ) -> tuple[DraftModel, list[str]]:
     """The head for a target, and the conventions its loading resolved, a line each."""
     config = base_model.config.get_text_config(decoder=True)
     output = base_model.get_output_embeddings()
     vocab = output.weight.shape[0] if output is not None and output.weight.dim() == 2 else config.vocab_size
     spec = TargetSpec(config.hidden_size, vocab, config.num_hidden_layers)
-    if source is None or source == RANDOM_DRAFT:
+    if source == RANDOM_DRAFT:
         return build_draft(random_head(config, spec, use_eagle3)), ["the head is untrained: drafts are guesses"]
-    state = load_draft(ensure_local(source, "draft head"), spec, use_eagle3=use_eagle3)
+    eps = getattr(config, "rms_norm_eps", None)
+    state = load_draft(ensure_local(source, "draft head"), spec, use_eagle3=use_eagle3, target_rms_eps=eps)
     return build_draft(state), state.notes
 
 
@@ -91,6 +92,3 @@ def build_draft(state: DraftState) -> DraftModel:
     model.load_state_dict(state.tensors, strict=True, assign=True)
     return model.requires_grad_(False)
 
-
-def _hub_options(hf_kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {key: hf_kwargs[key] for key in ("revision", "token", "cache_dir") if key in hf_kwargs}

@@ -1,0 +1,266 @@
+"""EaModel's promises: equal output, limits, end tokens, batches, streaming, growth, reuse, bad input."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from tiny import tiny_draft, tiny_eagle, tiny_target
+
+from eagle.errors import InvalidInputError
+from eagle.model.ea_model import EaModel
+from eagle.model.ops import Sampling
+
+
+@pytest.fixture(scope="module")
+def eagle() -> EaModel:
+    torch.manual_seed(3)
+    return tiny_eagle(total_token=50, depth=2, top_k=7)
+
+
+def prompt(length: int = 12) -> torch.Tensor:
+    return torch.randint(1, 17, (1, length))
+
+
+def test_speculative_output_is_plain_output_and_really_speculates(eagle: EaModel) -> None:
+    taus = []
+    for length in (1, 2, 9, 70):
+        ids = prompt(length)
+        fast = eagle.generate(ids, max_new_tokens=60)
+        taus.append(eagle.last_stats.accept_length)
+        assert torch.equal(fast, eagle.generate(ids, max_new_tokens=60, speculative=False))
+        assert fast.shape == (1, length + 60)
+        assert eagle.last_stats.accept_length == 1.0
+    assert max(taus) > 1.2
+
+
+def test_prompt_longer_than_a_prefill_chunk() -> None:
+    eagle = tiny_eagle(max_position_embeddings=2048)
+    ids = prompt(1100)
+    wanted = eagle.base_model.generate(ids, do_sample=False, max_new_tokens=20, attention_mask=torch.ones_like(ids))
+    assert torch.equal(eagle.generate(ids, max_new_tokens=20), wanted)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 7])
+def test_limits_are_exact(eagle: EaModel, limit: int) -> None:
+    ids = prompt()
+    assert eagle.generate(ids, max_new_tokens=limit).shape[1] == 12 + limit
+    assert eagle.generate(ids, max_length=12 + limit).shape[1] == 12 + limit
+    assert eagle.eagenerate(ids, max_new_tokens=limit).shape[1] == 12 + limit
+    assert eagle.eagenerate(ids, max_length=12 + limit).shape[1] == 12 + limit
+
+
+def test_output_fills_the_context_and_stops() -> None:
+    eagle = tiny_eagle(max_position_embeddings=64)
+    ids = prompt(50)
+    wanted = eagle.generate(ids, max_new_tokens=500, speculative=False)
+    assert wanted.shape[1] == 64
+    assert torch.equal(eagle.generate(ids, max_new_tokens=500), wanted)
+
+
+def test_output_ends_at_the_first_end_token(eagle: EaModel) -> None:
+    ids = prompt()
+    free = eagle.generate(ids, max_new_tokens=40)[0, 12:].tolist()
+    for end in sorted(set(free)):
+        out = eagle.generate(ids, max_new_tokens=40, eos_token_id=[end, 1000])[0, 12:].tolist()
+        assert out == free[: free.index(end) + 1]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_each_row_of_a_batch_is_what_it_is_alone(eagle: EaModel, side: str) -> None:
+    rows = [prompt(n)[0] for n in (3, 14, 1, 9)]
+    alone = [eagle.generate(row, max_new_tokens=25)[0, len(row) :].tolist() for row in rows]
+    end = alone[1][6]
+    alone = [row[: row.index(end) + 1] if end in row else row for row in alone]
+    ids, mask = torch.full((4, 14), 11), torch.zeros(4, 14, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        where = slice(14 - len(row), 14) if side == "left" else slice(0, len(row))
+        ids[index, where], mask[index, where] = row, 1
+    out = eagle.generate(ids, attention_mask=mask, max_new_tokens=25, eos_token_id=end, pad_token_id=16)
+    assert torch.equal(out[:, :14], ids)
+    for got, wanted in zip(out[:, 14:].tolist(), alone, strict=True):
+        assert got[: len(wanted)] == wanted
+        assert set(got[len(wanted) :]) <= {16}
+
+
+def test_reference_methods(eagle: EaModel) -> None:
+    ids = prompt()
+    out, new_tokens, last_step = eagle.eagenerate(ids, max_new_tokens=30, log=True)
+    assert new_tokens == 30
+    assert last_step + 1 == eagle.last_stats.steps
+    assert torch.equal(out, eagle.naivegenerate(ids, max_new_tokens=30))
+    steps = list(eagle.ea_generate(ids, max_new_tokens=30))
+    assert torch.equal(steps[-1], out)
+    assert all(torch.equal(step, out[:, : step.shape[1]]) for step in steps)
+    assert len(list(eagle.naive_generate(ids, max_new_tokens=30))) == 30
+    assert eagle.get_tokenizer() is eagle.tokenizer
+
+
+def test_streamer_gets_the_prompt_and_every_token(eagle: EaModel) -> None:
+    class Streamer:
+        def __init__(self) -> None:
+            self.tokens: list[int] = []
+            self.ended = False
+
+        def put(self, value: torch.Tensor) -> None:
+            self.tokens += value.tolist()
+
+        def end(self) -> None:
+            self.ended = True
+
+    streamer, ids = Streamer(), prompt()
+    out = eagle.generate(ids, max_new_tokens=20, streamer=streamer)
+    assert streamer.ended
+    assert streamer.tokens == out[0].tolist()
+
+
+def test_cache_grows_and_a_growing_chat_reuses_it() -> None:
+    eagle = tiny_eagle(total_token=50, depth=2, top_k=7)
+    history = prompt(40)[0].tolist()
+    for _ in range(4):
+        wanted = [token for step in eagle.stream([history], max_new_tokens=90, speculative=False) for token in step[0]]
+        fresh = [token for step in eagle.stream([history], max_new_tokens=90) for token in step[0]]
+        stats = eagle.last_stats
+        again = [token for step in eagle.stream([history], max_new_tokens=90, reuse_prefix=True) for token in step[0]]
+        assert wanted == fresh == again
+        assert eagle.last_stats.reused_tokens == len(history) - 1
+        assert stats.accept_lengths == eagle.last_stats.accept_lengths, "the draft must see the same past"
+        history = history + again[:30] + [3, 4]
+
+
+def test_reused_history_of_a_whole_reply() -> None:
+    eagle = tiny_eagle(total_token=50, depth=2, top_k=7)
+    history = prompt(20)[0].tolist()
+    reply = [token for step in eagle.stream([history], max_new_tokens=50) for token in step[0]]
+    longer = [*history, *reply, 5, 6, 7]
+    reused = [token for step in eagle.stream([longer], max_new_tokens=40, reuse_prefix=True) for token in step[0]]
+    stats = eagle.last_stats
+    assert stats.reused_tokens >= len(history) + len(reply) - eagle.tree_shape.path - 1
+    fresh = [token for step in eagle.stream([longer], max_new_tokens=40) for token in step[0]]
+    assert reused == fresh
+    assert stats.accept_lengths == eagle.last_stats.accept_lengths
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.8}, {"top_k": 4}, {"top_p": 0.7, "top_k": 5}])
+def test_sampled_text_is_plain_sampled_text_of_the_same_seed(eagle: EaModel, settings: dict) -> None:
+    ids = prompt().expand(3, -1)
+    options = {"max_new_tokens": 40, "temperature": 1.1, **settings}
+    fast = eagle.generate(ids, seed=5, **options)
+    assert torch.equal(fast, eagle.generate(ids, seed=5, speculative=False, **options))
+    assert torch.equal(fast, eagle.generate(ids, generator=torch.Generator().manual_seed(5), **options))
+    assert not torch.equal(fast, eagle.generate(ids, seed=6, **options))
+    torch.manual_seed(11)
+    first = eagle.generate(ids, **options)
+    torch.manual_seed(11)
+    assert torch.equal(first, eagle.generate(ids, **options))
+
+
+def test_an_abandoned_generation_leaves_the_model_usable(eagle: EaModel) -> None:
+    ids = prompt()
+    wanted = eagle.generate(ids, max_new_tokens=20)
+    steps = eagle.ea_generate(ids, max_new_tokens=20)
+    next(steps)
+    with pytest.raises(InvalidInputError, match="still open"):
+        eagle.generate(ids, max_new_tokens=20)
+    steps.close()
+    assert torch.equal(eagle.generate(ids, max_new_tokens=20), wanted)
+
+    class Broken:
+        def put(self, value: torch.Tensor) -> None:
+            raise RuntimeError("planted")
+
+        def end(self) -> None: ...
+
+    with pytest.raises(RuntimeError, match="planted"):
+        eagle.generate(ids, max_new_tokens=20, streamer=Broken())
+    assert torch.equal(eagle.generate(ids, max_new_tokens=20), wanted)
+
+
+def test_two_threads_take_turns(eagle: EaModel) -> None:
+    prompts = [prompt(5), prompt(17)]
+    wanted = [eagle.generate(ids, max_new_tokens=30) for ids in prompts]
+    got: dict[int, torch.Tensor] = {}
+
+    def work(index: int) -> None:
+        got[index] = eagle.generate(prompts[index], max_new_tokens=30)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert all(torch.equal(got[index], wanted[index]) for index in (0, 1))
+
+
+def test_total_token_can_be_measured() -> None:
+    model = tiny_target()
+    eagle = EaModel(model, tiny_draft(model), total_token=-1)
+    assert eagle.tree_shape.total_token in (40, 48, 50, 56, 60)
+    assert EaModel(model, tiny_draft(model), total_token=-1, depth=1, top_k=3).tree_shape.total_token == 13
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_new_tokens": -3}, "max_new_tokens is -3"),
+        ({"max_length": 12}, "max_length is 12, but the prompt alone has 12"),
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"top_p": -0.1}, "top_p is -0.1"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"seed": 1, "generator": torch.Generator(), "temperature": 1.0}, "both generator and seed"),
+        ({"attention_mask": torch.ones(1, 5)}, r"\[1, 5\], input_ids \[1, 12\]"),
+        ({"attention_mask": torch.tensor([[1] * 5 + [0] + [1] * 6])}, "gap"),
+        ({"attention_mask": torch.zeros(1, 12)}, "empty"),
+    ],
+)
+def test_bad_arguments_are_named(eagle: EaModel, arguments: dict, words: str) -> None:
+    ids = prompt()
+    with pytest.raises(InvalidInputError, match=words):
+        eagle.generate(ids, **arguments)
+    assert eagle.generate(ids, max_new_tokens=3).shape[1] == 15
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        (torch.empty(1, 0, dtype=torch.int64), "empty"),
+        (torch.tensor([[1, 17]]), "id 17; expected ids from 0 to 16"),
+        (torch.tensor([[1, -1]]), "id -1"),
+        (torch.rand(1, 3), "float32"),
+        (torch.ones(1, 512, dtype=torch.int64), "512 tokens, but the model's context holds 512"),
+        (torch.ones(1, 900, dtype=torch.int64), "900 tokens"),
+    ],
+)
+def test_bad_prompts_are_named(eagle: EaModel, ids: torch.Tensor, words: str) -> None:
+    with pytest.raises(InvalidInputError, match=words):
+        eagle.generate(ids, max_new_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ({"total_token": 1}, "total_token is 1"),
+        ({"depth": -1}, "depth is -1"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_k": 18}, "knows only 17 tokens"),
+        ({"total_token": 60, "depth": 1, "top_k": 3}, "only 12 candidates"),
+        ({"threshold": 0.0}, "threshold is 0.0"),
+    ],
+)
+def test_bad_trees_are_named(tree: dict, words: str) -> None:
+    model = tiny_target()
+    with pytest.raises(InvalidInputError, match=words):
+        EaModel(model, tiny_draft(model), **tree)
+
+
+def test_stream_takes_sampling_and_rows_of_unequal_length(eagle: EaModel) -> None:
+    rows = [[3, 4, 5], [6], [7, 8, 9, 10, 11]]
+    out: list[list[int]] = [[], [], []]
+    for new in eagle.stream(rows, max_new_tokens=11, sampling=Sampling(0.9), seed=1):
+        for row, tokens in zip(out, new, strict=True):
+            row += tokens
+    assert [len(row) for row in out] == [11, 11, 11]
