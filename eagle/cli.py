@@ -1,0 +1,76 @@
+"""The `eagle` command: it assembles the sub-commands and turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from eagle import __version__
+from eagle.commands import bench
+from eagle.commands.chat import chat
+from eagle.commands.doctor import doctor
+from eagle.commands.fetch import fetch, models
+from eagle.commands.generate import generate
+from eagle.commands.train import train
+from eagle.errors import EagleError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+# click's base of usage errors, by a public way to it: newer typers carry their own copy of click.
+_ClickError = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+app = typer.Typer(name="eagle", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.command()(generate)
+app.command()(chat)
+app.add_typer(bench.app, name="bench")
+app.command()(train)
+app.command()(fetch)
+app.command()(models)
+app.command()(doctor)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """EAGLE speculative decoding of Hugging Face language models: the same output, sooner."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command and return its exit code: 2 for what the user can mend, 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a console of few characters must not end the run
+    try:
+        code = typer.main.get_command(app).main(args=arguments, prog_name="eagle", standalone_mode=False)
+    except EagleError as error:
+        return _fail(str(error))
+    except _ClickError as error:
+        context = getattr(error, "ctx", None)
+        help_line = f" (see '{context.command_path} --help')" if context is not None else ""
+        return _fail(error.format_message().rstrip(".") + help_line)
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not worth an import of torch here
+            raise
+        return _fail(f"out of GPU memory ({error}); take a smaller model, batch, tree or --max-new-tokens")
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""`eagle bench`: measurements. For now `accept`, the accept length."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eagle.commands.console import note, open_model
+from eagle.commands.options import (
+    MODEL_DEFAULT,
+    TREE_DEFAULT,
+    DraftOption,
+    JsonOption,
+    Kernels,
+    KernelsOption,
+    ModelOption,
+    NewTokensOption,
+    TreeOption,
+    check_flags,
+)
+
+app = typer.Typer(help="Measure.", rich_markup_mode=None)
+GPU_BATCH = 16
+
+
+@app.callback(invoke_without_command=True)
+def show_help(context: typer.Context) -> None:
+    """Measure acceptance."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def accept(
+    model: ModelOption = MODEL_DEFAULT,
+    draft: DraftOption = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts", help="MT-bench's format, {'prompt': ...} or one prompt a line. Default: own prompts."
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Only the first N prompts.")] = None,
+    max_new_tokens: NewTokensOption = 256,
+    tree: TreeOption = TREE_DEFAULT,
+    kernels: KernelsOption = Kernels.auto,
+    batch: Annotated[
+        int | None, typer.Option("--batch", help=f"Prompts run together. Default: 1 on a CPU, {GPU_BATCH} on a GPU.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Mean accept length over prompts, greedy, and whether the outputs equal plain decoding's."""
+    from eagle.bench.prompts import read_prompts
+
+    if batch is not None and batch <= 0:
+        raise typer.BadParameter(f"--batch is {batch}; expected at least 1")
+    chosen = read_prompts(prompts, limit)
+    check_flags(tree, kernels, max_new_tokens)
+    loaded, notes = open_model(model, draft, tree, kernels)
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from eagle.bench.accept import lines, measure_acceptance
+    from eagle.commands.reply import NO_TEMPLATE, encode_prompt, has_template
+
+    tokenizer = loaded.get_tokenizer()
+    raw = not has_template(tokenizer)
+    note(*notes, *([NO_TEMPLATE] if raw else []))
+    if batch is None:
+        batch = 1 if loaded.device.type == "cpu" else GPU_BATCH
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("prompts", total=len(chosen))
+        report = measure_acceptance(
+            loaded,
+            chosen,
+            lambda text: encode_prompt(tokenizer, text, raw=raw),
+            max_new_tokens=max_new_tokens,
+            batch=batch,
+            advance=lambda count: bar.advance(task, count),
+        )
+    if as_json:
+        shape = loaded.tree_shape
+        settings = {
+            "model": model,
+            "draft": draft,
+            "tree": [shape.total_token, shape.depth, shape.top_k],
+            "max_new_tokens": max_new_tokens,
+            "batch": batch,
+        }
+        print(json.dumps(settings | report.as_dict(), ensure_ascii=False))
+        return
+    for line in lines(report):
+        print(line)

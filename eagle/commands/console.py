@@ -1,0 +1,74 @@
+"""What every sub-command does around its work: quiet libraries, notes on standard error, loading a pair."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from typing import TYPE_CHECKING
+
+from eagle.commands.options import Kernels, check_kernels, parse_tree
+from eagle.errors import InvalidInputError, ModelNotFoundError
+
+if TYPE_CHECKING:
+    from eagle.model.ea_model import EaModel
+    from eagle.model.locate import ModelLocation
+
+
+def note(*texts: str) -> None:
+    """A line each for the user on standard error."""
+    for text in texts:
+        print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def quiet_libraries() -> None:
+    """Turn off the chatter of transformers and tokenizers by their own settings; errors still come through."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module=r"(transformers|torch|huggingface_hub)\.")
+
+
+def open_model(model: str, draft: str | None, tree: str, kernels: Kernels) -> tuple[EaModel, list[str]]:
+    """Load a target and its head. → the model, and notes for the user, to be shown once nothing can be refused.
+
+    Raises InvalidInputError for a bad ``tree`` or ``kernels`` and for a model without a tokenizer, and whatever
+    `EaModel.from_pretrained` raises.
+    """
+    total_token, depth, top_k = parse_tree(tree)
+    check_kernels(kernels)
+    from eagle.model.locate import RANDOM_DRAFT, ensure_local, locate
+    from eagle.model.presets import heads_for
+
+    # Fetched before the libraries are quiet and the spinner turns: a first use draws bars of its own.
+    location = locate(model, draft)
+    if location.draft is None:
+        known = " or ".join(f"--draft {preset.draft}" for preset in heads_for(location.base))
+        raise ModelNotFoundError(
+            f"no draft head was named for {location.base}; give "
+            f"{known or '--draft FOLDER or a hub id'}, or --draft {RANDOM_DRAFT} for an untrained one"
+        )
+    ensure_local(location.base, "target model")
+    if location.draft != RANDOM_DRAFT:
+        ensure_local(location.draft, "draft head")
+    quiet_libraries()
+    from rich.console import Console
+
+    from eagle.model.ea_model import EaModel
+
+    with Console(stderr=True).status(f"Loading {model}"):
+        loaded = EaModel.from_pretrained(model, ea_model_path=draft, total_token=total_token, depth=depth, top_k=top_k)
+    if loaded.get_tokenizer() is None:
+        raise InvalidInputError(f"the model {location.base} has no tokenizer; add tokenizer.json and its config to it")
+    return loaded, draft_lines(loaded, location)
+
+
+def draft_lines(model: EaModel, location: ModelLocation) -> list[str]:
+    """What the user should know about the head: that it is untrained, or how a checkpoint from elsewhere was read."""
+    if location.draft_is_untrained or any("untrained" in line for line in model.draft_notes):
+        return ["the draft head is untrained: the output is exact, but it comes no sooner than by plain decoding"]
+    if location.preset is not None and location.preset.origin == "embedded":
+        return []
+    return ["draft head: " + "; ".join(model.draft_notes)] if model.draft_notes else []

@@ -1,0 +1,174 @@
+"""`eagle doctor`: what is here, what serves each op and why, and how to mend what is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import typer
+
+from eagle import __version__
+from eagle.commands.options import MODEL_DEFAULT, JsonOption
+
+LEAST = {"torch": (2, 11), "transformers": (5, 17), "triton": (3, 6)}
+
+
+def doctor(as_json: JsonOption = False) -> None:
+    """Show versions, devices and which implementation serves each op. Exit code 1 if the package can't run here."""
+    report = diagnose()
+    if as_json:
+        print(json.dumps(report, indent=2, ensure_ascii=False))
+    else:
+        print_report(report)
+    raise typer.Exit(0 if report["can_run"] else 1)
+
+
+def diagnose() -> dict[str, Any]:
+    """Everything `eagle doctor` knows, as plain data."""
+    versions = {"eagle": __version__, "python": platform.python_version()}
+    versions |= {name: installed_version(name) for name in LEAST}
+    problems = version_problems(versions)
+    devices = torch_devices() if versions["torch"] else {"cuda": None, "gpus": [], "error": None}
+    if devices["error"]:
+        problems.append(problem(f"torch does not import: {devices['error']}", "reinstall torch", fatal=True))
+    versions |= {"cuda": devices["cuda"], "driver": driver_version()}
+    if versions["driver"] and not devices["gpus"] and not devices["error"]:
+        problems.append(
+            problem(
+                f"an NVIDIA driver ({versions['driver']}) is here, but torch sees no GPU (CUDA {versions['cuda']})",
+                "install the torch build for this driver: https://pytorch.org/get-started/locally",
+            )
+        )
+    cache = cache_report()
+    if not cache["default_model_present"]:
+        problems.append(problem(f"{MODEL_DEFAULT} is not in the cache yet", "run 'eagle fetch' (once, with a network)"))
+    can_run = not any(entry["fatal"] for entry in problems)
+    return {
+        "can_run": can_run,
+        "versions": versions,
+        "platform": platform.platform(),
+        "gpus": devices["gpus"],
+        "cache": cache,
+        "ops": op_report() if can_run else {},
+        "problems": problems,
+    }
+
+
+def op_report() -> dict[str, dict[str, str]]:
+    """Which implementation serves each op of the table, and why."""
+    from dataclasses import fields
+
+    from eagle.model.ops import Ops
+    from eagle.model.torch_ops import TORCH_OPS
+
+    why = "this version has no Triton kernels"
+    return {
+        op.name: {"implementation": f"torch ({getattr(TORCH_OPS, op.name).__module__})", "why": why}
+        for op in fields(Ops)
+    }
+
+
+def installed_version(distribution: str) -> str | None:
+    """The version of an installed distribution, or None."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def version_problems(versions: dict[str, str | None]) -> list[dict[str, Any]]:
+    """What is missing or too old. Triton only matters where it exists, and nothing here needs it to run."""
+    problems = []
+    for name, least in LEAST.items():
+        wanted = ".".join(map(str, least))
+        found = versions[name]
+        optional = name == "triton"
+        if optional and platform.system() != "Linux":
+            continue
+        if found is None:
+            problems.append(problem(f"{name} is not installed", f"pip install '{name}>={wanted}'", fatal=not optional))
+        elif tuple(int(part) for part in found.split("+")[0].split(".")[:2]) < least:
+            words = f"{name} is {found}, at least {wanted} is needed"
+            problems.append(problem(words, f"pip install --upgrade '{name}>={wanted}'", fatal=not optional))
+    return problems
+
+
+def problem(what: str, fix: str, *, fatal: bool = False) -> dict[str, Any]:
+    """One finding; ``fatal`` where the package can't run with it."""
+    return {"problem": what, "fix": fix, "fatal": fatal}
+
+
+def torch_devices() -> dict[str, Any]:
+    """What torch sees: its CUDA version, its GPUs with memory in GiB, or why it does not import."""
+    if importlib.util.find_spec("torch") is None:
+        return {"cuda": None, "gpus": [], "error": "no such module"}
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: a shared library that does not load
+        return {"cuda": None, "gpus": [], "error": str(error).splitlines()[0]}
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        gpus.append(
+            {
+                "name": properties.name,
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+                "compute_capability": f"{properties.major}.{properties.minor}",
+            }
+        )
+    return {"cuda": torch.version.cuda, "gpus": gpus, "error": None}
+
+
+def driver_version() -> str | None:
+    """The NVIDIA driver's version by nvidia-smi, or None."""
+    if (command := shutil.which("nvidia-smi")) is None:
+        return None
+    query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = done.stdout.split()
+    return lines[0] if done.returncode == 0 and lines else None
+
+
+def cache_report() -> dict[str, Any]:
+    """The cache folder and whether the default model lies there whole."""
+    from eagle.model.embedded import SMOLLM2, cache_folder, is_complete
+
+    folder = cache_folder()
+    return {
+        "folder": str(folder),
+        "from_EAGLE_CACHE": bool(os.environ.get("EAGLE_CACHE")),
+        "default_model": MODEL_DEFAULT,
+        "default_model_present": is_complete(folder / "models" / SMOLLM2.name),
+    }
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """The report as lines of text."""
+    for name, found in report["versions"].items():
+        print(f"{name:<13} {found or '-'}")
+    print(f"{'platform':<13} {report['platform']}")
+    for gpu in report["gpus"]:
+        print(f"{'GPU':<13} {gpu['name']}, {gpu['memory_gib']} GiB, compute capability {gpu['compute_capability']}")
+    if not report["gpus"]:
+        print(f"{'GPU':<13} none: the CPU serves")
+    cache = report["cache"]
+    print(f"{'cache':<13} {cache['folder']}{' (EAGLE_CACHE)' if cache['from_EAGLE_CACHE'] else ''}")
+    print(f"{'default model':<13} {cache['default_model']}, {'there' if cache['default_model_present'] else 'missing'}")
+    if report["ops"]:
+        print("\nops")
+        for name, entry in report["ops"].items():
+            print(f"  {name:<20} {entry['implementation']}: {entry['why']}")
+    if report["problems"]:
+        print("\nto do")
+        for entry in report["problems"]:
+            print(f"  {entry['problem']}: {entry['fix']}")
+    print("\nthe package can run here" if report["can_run"] else "\nthe package can't run here yet")

@@ -1,0 +1,141 @@
+"""`eagle generate`: one prompt, one reply, and the figures."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from eagle.commands.console import note, open_model
+from eagle.commands.options import (
+    MODEL_DEFAULT,
+    TREE_DEFAULT,
+    DraftOption,
+    JsonOption,
+    Kernels,
+    KernelsOption,
+    ModelOption,
+    NewTokensOption,
+    SeedOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    TreeOption,
+    check_flags,
+    sampling_of,
+)
+from eagle.commands.reply import (
+    NO_TEMPLATE,
+    Reply,
+    ReplySettings,
+    check_fits,
+    check_text,
+    encode_prompt,
+    has_template,
+    read_stdin,
+    reply_to,
+    write,
+)
+
+if TYPE_CHECKING:
+    from eagle.engine.loop import GenerationStats
+
+WARM_UP_TOKENS = 4
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The prompt; '-' reads standard input.")],
+    model: ModelOption = MODEL_DEFAULT,
+    draft: DraftOption = None,
+    max_new_tokens: NewTokensOption = 256,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    top_k: TopKOption = 0,
+    seed: SeedOption = None,
+    tree: TreeOption = TREE_DEFAULT,
+    kernels: KernelsOption = Kernels.auto,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also decode plainly; print the speed-up and whether the outputs agree.")
+    ] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Leave out the chat template.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer a prompt with EAGLE speculative decoding."""
+    check_text(text := read_stdin() if prompt == "-" else prompt)
+    check_flags(tree, kernels, max_new_tokens)
+    sampling = sampling_of(temperature, top_p, top_k)
+    if compare and not sampling.greedy and seed is None:
+        seed = secrets.randbelow(1 << 31)  # both runs must draw the same numbers
+    settings = ReplySettings(max_new_tokens, sampling, seed)
+
+    loaded, notes = open_model(model, draft, tree, kernels)
+    tokenizer = loaded.get_tokenizer()
+    if not raw and not has_template(tokenizer):
+        raw = True
+        notes.append(NO_TEMPLATE)
+    if sampling.greedy and (top_k > 0 or 0 < top_p < 1):
+        notes.append("--top-p and --top-k change nothing at temperature 0")
+    ids = encode_prompt(tokenizer, text, raw=raw)
+    check_fits(loaded, ids)
+    note(*notes)
+    if compare:
+        # First passes pay for memory and library start-up; without this only EAGLE's would.
+        for speculative in (True, False):
+            reply_to(loaded, ids[:1], ReplySettings(WARM_UP_TOKENS, sampling, seed), speculative=speculative)
+
+    reply = reply_to(loaded, ids, settings, (lambda piece: None) if as_json else write)
+    plain = reply_to(loaded, ids, settings, speculative=False) if compare else None
+    if as_json:
+        print(json.dumps(figures(reply, plain), ensure_ascii=False))
+        return
+    write("" if reply.text.endswith("\n") else "\n")
+    print(summary(reply.stats))
+    if plain is not None:
+        print(comparison(reply, plain))
+
+
+def figures(reply: Reply, plain: Reply | None = None) -> dict[str, Any]:
+    """The JSON object: seconds include prefill, accept_length is tokens a target pass after prefill."""
+    stats = reply.stats
+    values = {
+        "text": reply.text,
+        "new_tokens": stats.new_tokens,
+        "seconds": stats.seconds,
+        "tokens_per_second": stats.tokens_per_second,
+        "accept_length": stats.accept_length,
+        "steps": stats.steps,
+    }
+    if plain is not None:
+        values["plain_tokens_per_second"] = plain.stats.tokens_per_second
+        values["speedup"] = speedup(reply, plain)
+        values["identical"] = reply.tokens == plain.tokens
+    return values
+
+
+def summary(stats: GenerationStats) -> str:
+    """A reply's figures in one line."""
+    return (
+        f"{stats.new_tokens} new tokens, {stats.seconds:.2f} s, {stats.tokens_per_second:.1f} tokens/s, "
+        f"accept length {stats.accept_length:.2f}"
+    )
+
+
+def comparison(reply: Reply, plain: Reply) -> str:
+    """What plain decoding of the same prompt gave, in one line."""
+    line = (
+        f"plain decoding: {plain.stats.tokens_per_second:.1f} tokens/s, "
+        f"speed-up {speedup(reply, plain):.2f}x, identical: "
+    )
+    if reply.tokens == plain.tokens:
+        return line + "yes"
+    pairs = zip(reply.tokens, plain.tokens, strict=False)
+    shorter = min(len(reply.tokens), len(plain.tokens))
+    first = next((index for index, (ours, theirs) in enumerate(pairs) if ours != theirs), shorter)
+    return f"{line}no (first at new token {first + 1})"
+
+
+def speedup(reply: Reply, plain: Reply) -> float:
+    """Tokens/s over plain decoding's tokens/s."""
+    return reply.stats.tokens_per_second / plain.stats.tokens_per_second

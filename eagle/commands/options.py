@@ -1,0 +1,85 @@
+"""Options that several sub-commands share, and the checks on them that need no model."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from eagle.errors import InvalidInputError
+from eagle.model.presets import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from eagle.model.ops import Sampling
+
+
+class Kernels(str, Enum):
+    """Which implementation of the ops is asked for."""
+
+    auto = "auto"
+    torch = "torch"
+    triton = "triton"
+
+
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="A name from 'eagle models', a model folder, or a hub id.")
+]
+DraftOption = Annotated[
+    str | None,
+    typer.Option("--draft", "-d", help="The draft head: a folder, a hub id, or 'random'. Default: the model's own."),
+]
+NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", help="The most tokens a reply may have.")]
+TemperatureOption = Annotated[float, typer.Option("--temperature", help="0 is greedy.")]
+TopPOption = Annotated[float, typer.Option("--top-p", help="Nucleus sampling; 0 and 1 turn it off.")]
+TopKOption = Annotated[int, typer.Option("--top-k", help="Sample from the k likeliest tokens; 0 turns it off.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
+TreeOption = Annotated[
+    str, typer.Option("--tree", metavar="TOTAL,DEPTH,TOPK", help="The draft tree: nodes, passes, branching.")
+]
+KernelsOption = Annotated[
+    Kernels, typer.Option("--kernels", envvar="EAGLE_KERNELS", help="Which implementation serves the ops.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
+
+MODEL_DEFAULT = DEFAULT_MODEL
+TREE_DEFAULT = "60,7,10"
+
+
+def parse_tree(text: str) -> tuple[int, int, int]:
+    """ "60,7,10" → (total_token, depth, top_k), of which total_token may be -1. Raises InvalidInputError."""
+    try:
+        total_token, depth, top_k = (int(part) for part in text.split(","))
+    except ValueError:
+        raise InvalidInputError(
+            f"--tree is {text!r}; expected three whole numbers: total tokens, depth and top-k, such as {TREE_DEFAULT}"
+        ) from None
+    return total_token, depth, top_k
+
+
+def check_kernels(kernels: Kernels) -> None:
+    """Refuse kernels that this version does not have. Raises InvalidInputError."""
+    if kernels is Kernels.triton:
+        raise InvalidInputError(
+            "--kernels (or EAGLE_KERNELS) is triton, but this version has no Triton kernels yet; use auto or torch"
+        )
+
+
+def check_flags(tree: str, kernels: Kernels, max_new_tokens: int) -> None:
+    """Refuse what can be refused before a model is loaded. Raises InvalidInputError."""
+    if max_new_tokens <= 0:
+        raise InvalidInputError(f"--max-new-tokens is {max_new_tokens}; expected at least 1")
+    check_kernels(kernels)
+    total_token, depth, top_k = parse_tree(tree)
+    from eagle.model.inputs import check_tree
+
+    smallest = 2  # in place of -1, whose size is measured later
+    check_tree(smallest if total_token == -1 else total_token, depth, top_k, draft_vocab_size=sys.maxsize)
+
+
+def sampling_of(temperature: float, top_p: float, top_k: int) -> Sampling:
+    """The sampling settings, filters in transformers' order. Raises InvalidInputError."""
+    from eagle.model.inputs import check_sampling
+
+    return check_sampling(temperature, top_p, top_k, top_k_first=True)

@@ -1,0 +1,99 @@
+#!/usr/bin/env python3
+"""Run the tests; arguments go to pytest, and its exit code comes back.
+
+Where this interpreter lacks a package that the tests need, a virtual environment `.venv` is made beside this file and
+the project is installed in it with its `test` extra, by pip as it is configured. Needs only the standard library.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+VENV = HERE / ".venv"
+MODULES = ("torch", "transformers", "safetensors", "huggingface_hub", "gguf", "accelerate", "filelock", "platformdirs")
+MODULES += ("rich", "typer", "pytest", "pytest_timeout", "hypothesis", "scipy", "matplotlib")
+FIND_MISSING = "import importlib.util as u, sys; print(*[m for m in sys.argv[1:] if u.find_spec(m) is None])"
+SEES_GPU = "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 1)"
+
+
+def missing_here() -> list[str]:
+    """Modules that this interpreter lacks."""
+    return [name for name in MODULES if importlib.util.find_spec(name) is None]
+
+
+def venv_python() -> Path:
+    """The interpreter of `.venv`, which may not exist yet."""
+    return VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def missing_in_venv() -> list[str]:
+    """Modules that `.venv` lacks; all of them where there is no `.venv`."""
+    if not venv_python().exists():
+        return list(MODULES)
+    done = subprocess.run([venv_python(), "-c", FIND_MISSING, *MODULES], capture_output=True, text=True, check=False)
+    return done.stdout.split() if done.returncode == 0 else list(MODULES)
+
+
+def prepare_venv() -> str | None:
+    """Make `.venv` and install the project in it. → what went wrong, or None."""
+    if not venv_python().exists():
+        print(f"Making {VENV}", flush=True)
+        if run(sys.executable, "-m", "venv", str(VENV)):
+            return "cannot make a virtual environment; on Debian and Ubuntu install python3-venv"
+        share_torch()
+    python = str(venv_python())
+    if run(python, "-c", "import pip") and run(python, "-m", "ensurepip"):
+        return f"{VENV} has no pip and cannot get it; remove it to start afresh"
+    print("Installing the package and its test extra", flush=True)
+    if run(python, "-m", "pip", "install", "--disable-pip-version-check", "-e", ".[test]"):
+        return f"the installation failed; pip's message is above. Mend it, or remove {VENV} to start afresh"
+    return None
+
+
+def share_torch() -> None:
+    """Let `.venv` see the packages beside this interpreter's torch, which is large and may be a build chosen with care.
+
+    What pip finds unfit there, it installs in `.venv`, which goes before.
+    """
+    torch = importlib.util.find_spec("torch")
+    if torch is None or torch.origin is None:
+        return
+    query = [str(venv_python()), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    site_packages = Path(subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip())
+    (site_packages / "packages_of_the_outer_interpreter.pth").write_text(f"{Path(torch.origin).parents[1]}\n")
+
+
+def run(*command: str) -> int:
+    """Run a command in this folder. → its exit code."""
+    return subprocess.run(command, cwd=HERE, check=False).returncode
+
+
+def main(arguments: list[str]) -> int:
+    """Find or make an interpreter that can run the tests, and run them."""
+    if any(argument.split("=")[0] == "--detailed-report" for argument in arguments):
+        print(
+            "error: --detailed-report reports on the Triton kernels, which this version does not have", file=sys.stderr
+        )
+        return 2
+    python = sys.executable
+    if missing_here():
+        if missing_in_venv() and (problem := prepare_venv()):
+            print(f"error: {problem}", file=sys.stderr)
+            return 1
+        python = str(venv_python())
+    environment = dict(os.environ)
+    if subprocess.run([python, "-c", SEES_GPU], stderr=subprocess.DEVNULL, check=False).returncode:
+        environment.setdefault("TRITON_INTERPRET", "1")
+    return subprocess.run([python, "-m", "pytest", *arguments], cwd=HERE, env=environment, check=False).returncode
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,193 @@
+"""The command as a whole: errors, exit codes, quick help, and the small sub-commands."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_folder import save_pair
+
+import eagle
+from eagle import cli
+from eagle.commands import doctor, generate
+from eagle.errors import DownloadError
+from eagle.model.ops import Ops
+from eagle.model.presets import PRESETS
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> Path:
+    return save_pair(tmp_path_factory.mktemp("pair"))
+
+
+def fails(capsys, *arguments: str) -> str:
+    """Run a command that must end with exit code 2, nothing on stdout and one line on stderr. → that line."""
+    code = cli.main(list(arguments))
+    printed = capsys.readouterr()
+    assert code == 2
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1, printed.err
+    assert printed.err.startswith("error: ")
+    return printed.err
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{eagle.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["bench", "accept", "--help"], ["models"]])
+def test_help_needs_no_torch(arguments):
+    code = (
+        "import sys; from eagle.cli import main; code = main(sys.argv[1:]); "
+        "sys.exit(code or 10 * ('torch' in sys.modules or 'transformers' in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code, *arguments], stdout=subprocess.DEVNULL).returncode == 0
+
+
+@pytest.mark.parametrize("arguments", [[], ["bench"]])
+def test_without_sub_command_help_is_shown(capsys, arguments):
+    assert cli.main(arguments) == 0
+    assert "Commands:" in capsys.readouterr().out
+
+
+def test_models_lists_every_name(capsys):
+    assert cli.main(["models"]) == 0
+    printed = capsys.readouterr().out
+    assert [line.split()[0] for line in printed.splitlines()] == list(PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nonsense"], ["nonsense"]),
+        (["generate"], ["PROMPT"]),
+        (["generate", "--foo", "hi"], ["--foo", "generate --help"]),
+        (["generate", "--top-k", "many", "hi"], ["--top-k", "integer"]),
+        (["generate", "--kernels", "fast", "hi"], ["fast", "triton"]),
+        (["generate", "--kernels", "triton", "hi"], ["no Triton kernels"]),
+        (["generate", ""], ["empty"]),
+        (["generate", " \n"], ["empty"]),
+        (["generate", "\udcff"], ["UTF-8"]),
+        (["generate", "--max-new-tokens", "0", "hi"], ["0", "at least 1"]),
+        (["generate", "--max-new-tokens", "-5", "hi"], ["-5", "at least 1"]),
+        (["generate", "--temperature", "-0.5", "hi"], ["-0.5", "greedy"]),
+        (["generate", "--temperature", "nan", "hi"], ["nan"]),
+        (["generate", "--top-p", "1.5", "hi"], ["1.5", "0 to 1"]),
+        (["generate", "--top-k", "-1", "hi"], ["-1"]),
+        (["generate", "--tree", "60,7", "hi"], ["60,7", "60,7,10"]),
+        (["generate", "--tree", "a,b,c", "hi"], ["a,b,c"]),
+        (["generate", "--tree", "1,7,10", "hi"], ["total_token", "1"]),
+        (["generate", "--tree", "60,-1,10", "hi"], ["depth", "-1"]),
+        (["generate", "--tree", "60,7,0", "hi"], ["top_k", "0"]),
+        (["generate", "--tree", "60,1,2", "hi"], ["60", "7"]),
+        (["generate", "--model", "SmolLM2-135N", "hi"], ["SmolLM2-135N", "SmolLM2-135M"]),
+        (["generate", "--model", "./nowhere", "hi"], ["nowhere"]),
+        (["chat", "--max-new-tokens", "0"], ["at least 1"]),
+        (["chat", "--temperature", "-1"], ["-1"]),
+        (["bench", "accept", "--limit", "0"], ["0", "at least 1"]),
+        (["bench", "accept", "--batch", "0"], ["0", "at least 1"]),
+        (["bench", "accept", "--prompts", "nowhere.jsonl"], ["nowhere.jsonl"]),
+        (["train"], ["--model"]),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
+)
+def test_bad_input_gets_one_line_and_exit_code_2(capsys, arguments, words):
+    line = fails(capsys, *arguments).lower()
+    for word in words:
+        assert word.lower() in line
+
+
+def test_bad_input_that_needs_the_model(capsys, pair, tmp_path):
+    model = ["--model", str(pair)]
+    assert "512 tokens" in fails(capsys, "generate", *model, "--raw", "x" * 511 + "y")
+    assert "60 tokens" in fails(capsys, "generate", *model, "--tree", "80,1,61", "hi")
+    assert "head" in fails(capsys, "generate", *model, "--draft", str(tmp_path), "hi")
+    (tmp_path / "target").mkdir()
+    assert "config.json" in fails(capsys, "generate", "--model", str(tmp_path), "hi")
+
+
+def test_model_without_tokenizer(capsys, tmp_path):
+    assert "tokenizer" in fails(capsys, "generate", "--model", str(save_pair(tmp_path, tokenizer=False)), "hi")
+
+
+def test_kernels_come_from_the_environment(capsys, monkeypatch):
+    monkeypatch.setenv("EAGLE_KERNELS", "triton")
+    assert "EAGLE_KERNELS" in fails(capsys, "generate", "hi")
+    monkeypatch.setenv("EAGLE_KERNELS", "wrong")
+    assert "wrong" in fails(capsys, "generate", "hi")
+
+
+def _raising(error: BaseException):
+    def encode_prompt(*args, **kwargs):
+        raise error
+
+    return encode_prompt
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (KeyboardInterrupt(), 130),
+        (DownloadError("two\nlines"), 2),
+        (torch.OutOfMemoryError("tried to allocate"), 2),
+    ],
+)
+def test_exit_codes(capsys, monkeypatch, pair, error, code):
+    monkeypatch.setattr(generate, "encode_prompt", _raising(error))
+    assert cli.main(["generate", "--model", str(pair), "hi"]) == code
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == (1 if code == 2 else 0)
+
+
+def test_a_bug_is_not_dressed_up_as_a_mistake(monkeypatch, pair):
+    monkeypatch.setattr(generate, "encode_prompt", _raising(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["generate", "--model", str(pair), "hi"])
+
+
+def test_fetch_passes_its_flags_on(capsys, monkeypatch, tmp_path):
+    asked = {}
+
+    def fetch(name, out, *, ea_model_path):
+        asked.update(name=name, out=out, draft=ea_model_path)
+        return [tmp_path / "target", tmp_path / "head"]
+
+    monkeypatch.setattr("eagle.model.fetch.fetch", fetch)
+    assert cli.main(["fetch", "a-name", "--out", str(tmp_path), "--draft", "org/head"]) == 0
+    assert asked == {"name": "a-name", "out": tmp_path, "draft": "org/head"}
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / "target"), str(tmp_path / "head")]
+
+
+def test_doctor(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("EAGLE_CACHE", str(tmp_path))
+    assert cli.main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["can_run"] is True
+    assert report["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert list(report["ops"]) == [op.name for op in fields(Ops)]
+    assert all(entry["implementation"] and entry["why"] for entry in report["ops"].values())
+    assert report["cache"]["folder"] == str(tmp_path)
+    assert report["cache"]["default_model_present"] is False
+    assert any("eagle fetch" in entry["fix"] for entry in report["problems"])
+    assert len(report["gpus"]) == torch.cuda.device_count()
+    assert cli.main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert str(tmp_path) in printed
+    assert "eagle fetch" in printed
+
+
+def test_doctor_names_what_is_missing(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "installed_version", {"torch": "2.9.1+cpu", "transformers": None}.get)
+    assert cli.main(["doctor", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["can_run"] is False
+    fixes = " ".join(entry["fix"] for entry in report["problems"] if entry["fatal"])
+    assert "torch>=2.11" in fixes
+    assert "transformers>=5.17" in fixes
