@@ -183,6 +183,7 @@ class EaModel:
         context; with neither limit, at most 512 new tokens. streamer: an object with ``put`` and ``end``, one sequence.
         speculative=False is plain decoding on the same path. Raises InvalidInputError.
         """
+        prompt = _as_batch(input_ids)
         sampling = check_sampling(temperature, top_p, top_k, top_k_first=True)
         eos = self._eos_ids(eos_token_id)
         steps = self.stream(
@@ -196,7 +197,6 @@ class EaModel:
             seed=seed,
             speculative=speculative,
         )
-        prompt = _as_batch(input_ids)
         if streamer is not None and prompt.shape[0] != 1:
             raise InvalidInputError(f"a streamer takes one sequence, got a batch of {prompt.shape[0]}; leave it out")
         if streamer is not None:
@@ -363,7 +363,12 @@ class EaModel:
 
 
 def _as_batch(input_ids: Any) -> torch.Tensor:
-    ids = torch.as_tensor(input_ids)
+    try:
+        ids = torch.as_tensor(input_ids)
+    except (ValueError, TypeError) as error:
+        raise InvalidInputError(
+            f"input_ids is no rectangular batch of ids ({error}); pad the rows and pass an attention_mask"
+        ) from error
     return ids[None] if ids.dim() == 1 else ids
 
 
