@@ -142,6 +142,18 @@ def test_reused_history_of_a_whole_reply() -> None:
     assert stats.accept_lengths == eagle.last_stats.accept_lengths
 
 
+def test_an_interrupted_reply_can_be_continued_from_its_cache() -> None:
+    eagle = tiny_eagle(total_token=50, depth=2, top_k=7)
+    history = prompt(30)[0].tolist()
+    steps = eagle.stream([history], max_new_tokens=40)
+    said = [token for _ in range(5) for token in next(steps)[0]]
+    steps.close()
+    longer = [*history, *said, 4, 5]
+    reused = [token for step in eagle.stream([longer], max_new_tokens=30, reuse_prefix=True) for token in step[0]]
+    assert eagle.last_stats.reused_tokens >= len(history)
+    assert reused == [token for step in eagle.stream([longer], max_new_tokens=30) for token in step[0]]
+
+
 @pytest.mark.parametrize("settings", [{}, {"top_p": 0.8}, {"top_k": 4}, {"top_p": 0.7, "top_k": 5}])
 def test_sampled_text_is_plain_sampled_text_of_the_same_seed(eagle: EaModel, settings: dict) -> None:
     ids = prompt().expand(3, -1)

@@ -44,34 +44,42 @@ def decode(
 ) -> Iterator[list[list[int]]]:
     """Yield, for prefill and then for each step, the new tokens of each row (empty for a finished row).
 
-    Afterwards ``run.caches.prefix`` holds what may be reused (single-sequence runs).
+    Afterwards, and after an early end, ``run.caches.prefix`` holds what may be reused (single-sequence runs).
     """
     run.caches.prefix = None
     started = time.perf_counter()
     lengths = [len(prompt) for prompt in prompts]
+    produced: list[list[int]] = [[] for _ in prompts]
+    reusable = 0
     stats.prompt_tokens, stats.reused_tokens = sum(lengths), reused
-    state = prefill(run, prompts, max_new_tokens, reused)
-    new, done = _read(state)
-    stats.prefill_seconds = time.perf_counter() - started
-    stats.new_tokens += sum(map(len, new))
-    produced = [list(row) for row in new]
-    yield new
-    while not all(done):
-        started = time.perf_counter()
-        state = step(run, state, max(lengths))
-        before, (new, done) = done, _read(state)
-        stats.decode_seconds += time.perf_counter() - started
-        stats.steps += 1
-        for row, tokens in enumerate(new):
-            lengths[row] += len(tokens)
-            produced[row] += tokens
-            if not before[row]:
-                stats.accept_lengths.append(len(tokens))
-        stats.new_tokens += sum(map(len, new))
-        yield new
-    if len(prompts) == 1 and run.draft is not None:
-        # The draft's pairs of the last step's tokens were never written, so its cache ends that much earlier.
-        run.caches.prefix = (prompts[0] + produced[0])[: lengths[0] - len(new[0]) + 1]
+    try:
+        state = prefill(run, prompts, max_new_tokens, reused)
+        new, done = _read(state)
+        stats.prefill_seconds = time.perf_counter() - started
+        running = [True] * len(prompts)
+        while True:
+            for row, tokens in enumerate(new):
+                produced[row] += tokens
+                if stats.steps:
+                    lengths[row] += len(tokens)
+                    if running[row]:
+                        stats.accept_lengths.append(len(tokens))
+            stats.new_tokens += sum(map(len, new))
+            # The draft's pairs of the newest tokens are not written yet, so its cache ends that much earlier.
+            reusable = lengths[0] - len(new[0]) + 1
+            yield new
+            if all(done):
+                return
+            started = time.perf_counter()
+            state = step(run, state, max(lengths))
+            running = [not flag for flag in done]
+            new, done = _read(state)
+            stats.decode_seconds += time.perf_counter() - started
+            stats.steps += 1
+    finally:
+        # Also after an interruption: a step writes at and beyond what was committed before it.
+        if len(prompts) == 1 and run.draft is not None and reusable:
+            run.caches.prefix = (prompts[0] + produced[0])[:reusable]
 
 
 def _read(state: DecodeState) -> tuple[list[list[int]], list[bool]]:

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from eagle.errors import CheckpointError, ModelNotFoundError
+from eagle.errors import CheckpointError, EagleError, ModelNotFoundError
 from eagle.model.checkpoints import DraftState, default_draft_config, load_draft, random_draft
 from eagle.model.draft_config import TargetSpec
 from eagle.model.drafts import DraftModel
@@ -32,14 +32,23 @@ def load_target(source: str, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
         options.setdefault("device_map", {"": 0})
     folder = ensure_local(source, "target model", revision=hf_kwargs.get("revision"))
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     except SafetensorError as error:
         raise CheckpointError(f"the weights in {folder} are damaged ({error}); fetch or copy them again") from error
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (torch.OutOfMemoryError, EagleError):
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelNotFoundError(
-            f"transformers could not load a causal LM from {folder}: {first}; expected a Hugging Face model folder"
+            f"transformers could not load a causal LM from {folder}: {_first_line(error)}; expected a Hugging Face model "
+            "folder whose weights fit its config.json"
         ) from error
+    missing, mismatched = sorted(info["missing_keys"]), sorted(str(key) for key in info["mismatched_keys"])
+    if missing or mismatched:
+        raise CheckpointError(
+            f"the weights in {folder} lack {missing or 'nothing'} and mismatch in {mismatched or 'nothing'}; transformers "
+            "would fill in random numbers: fetch or copy them again"
+        )
+    return model
 
 
 def load_tokenizer(source: str, hf_kwargs: dict[str, Any]) -> PreTrainedTokenizerBase | None:
@@ -48,7 +57,17 @@ def load_tokenizer(source: str, hf_kwargs: dict[str, Any]) -> PreTrainedTokenize
     if not any(name.startswith("token") for name in os.listdir(folder)):
         return None
     trust = {"trust_remote_code": True} if hf_kwargs.get("trust_remote_code") else {}
-    return AutoTokenizer.from_pretrained(folder, **trust)
+    try:
+        return AutoTokenizer.from_pretrained(folder, **trust)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"the tokenizer in {folder} can't be read: {_first_line(error)}; fetch or copy its files again"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def load_draft_model(

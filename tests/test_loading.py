@@ -1,0 +1,86 @@
+"""Loading a target and its head from folders: what is damaged is named, nothing is filled in at random."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import tiny_draft_config, tiny_target
+
+from eagle.errors import CheckpointError, ModelNotFoundError
+from eagle.model.checkpoints import random_draft, save_draft
+from eagle.model.ea_model import EaModel
+from eagle.model.loading import build_draft
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    model = tiny_target(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "target")
+    save_draft(random_draft(tiny_draft_config(model)), tmp_path / "head")
+    return tmp_path / "target", tmp_path / "head"
+
+
+def load(pair: tuple[Path, Path], **options) -> EaModel:
+    return EaModel.from_pretrained(base_model_path=str(pair[0]), ea_model_path=str(pair[1]), **options)
+
+
+def test_a_pair_of_folders(pair: tuple[Path, Path]) -> None:
+    model = load(pair, use_eagle3=True, total_token=13, depth=2, top_k=3, torch_dtype=torch.float32)
+    assert model.tokenizer is None
+    ids = torch.randint(17, (1, 6))
+    wanted = model.base_model.generate(ids, do_sample=False, max_new_tokens=9, attention_mask=torch.ones_like(ids))
+    assert torch.equal(model.generate(ids, max_new_tokens=9), wanted)
+
+
+def test_a_missing_tensor_is_named(pair: tuple[Path, Path]) -> None:
+    path = pair[0] / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.2.self_attn.q_proj.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model.layers.2.self_attn.q_proj.weight"):
+        load(pair)
+
+
+@pytest.mark.parametrize("field", ["vocab_size", "hidden_size"])
+def test_a_config_that_does_not_fit_the_weights(pair: tuple[Path, Path], field: str) -> None:
+    path = pair[0] / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, field: 2 * config[field]}))
+    with pytest.raises((CheckpointError, ModelNotFoundError)):
+        load(pair)
+
+
+def test_truncated_target_weights(pair: tuple[Path, Path]) -> None:
+    path = pair[0] / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises((CheckpointError, ModelNotFoundError), match="target"):
+        load(pair)
+
+
+def test_a_broken_tokenizer(pair: tuple[Path, Path]) -> None:
+    (pair[0] / "tokenizer.json").write_text("{ not json")
+    (pair[0] / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        load(pair)
+
+
+def test_no_head_named(pair: tuple[Path, Path]) -> None:
+    with pytest.raises(ModelNotFoundError, match="ea_model_path"):
+        EaModel.from_pretrained(str(pair[0]))
+
+
+def test_wrong_kind_of_head(pair: tuple[Path, Path]) -> None:
+    with pytest.raises(CheckpointError, match="use_eagle3"):
+        load(pair, use_eagle3=False)
+
+
+def test_a_head_of_several_layers_is_built_and_runs() -> None:
+    model = tiny_target()
+    state = random_draft(tiny_draft_config(model, num_layers=2))
+    eagle = EaModel(model, build_draft(state), total_token=9, depth=1, top_k=4)
+    ids = torch.randint(17, (1, 6))
+    assert torch.equal(eagle.generate(ids, max_new_tokens=9), eagle.generate(ids, max_new_tokens=9, speculative=False))
