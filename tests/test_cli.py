@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import tiny_target
 from tiny_folder import save_pair
 
 import eagle
@@ -110,6 +111,20 @@ def test_bad_input_that_needs_the_model(capsys, pair, tmp_path):
     assert "head" in fails(capsys, "generate", *model, "--draft", str(tmp_path), "hi")
     (tmp_path / "target").mkdir()
     assert "config.json" in fails(capsys, "generate", "--model", str(tmp_path), "hi")
+
+
+@pytest.mark.parametrize("part", ["target", "head"])
+def test_damaged_weights(capsys, tmp_path, part):
+    weights = save_pair(tmp_path) / part / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert part in fails(capsys, "generate", "--model", str(tmp_path), "hi")
+
+
+def test_head_of_another_target(capsys, pair, tmp_path):
+    tiny_target(vocab_size=31).save_pretrained(tmp_path)
+    line = fails(capsys, "generate", "--model", str(tmp_path), "--draft", str(pair / "head"), "hi")
+    assert "31" in line
+    assert "259" in line
 
 
 def test_model_without_tokenizer(capsys, tmp_path):

@@ -9,8 +9,9 @@ from train_case import save_dialogues, save_tiny
 from eagle.errors import InvalidInputError, TrainingError
 from eagle.model.checkpoints import load_draft
 from eagle.model.draft_config import TargetSpec
+from eagle.model.ea_model import EaModel
 from eagle.train import loop, run
-from eagle.train.__main__ import main, parser
+from eagle.train.__main__ import main, parser, recorded
 from eagle.train.loop import Trainer, chain_length, learning_rate
 from eagle.train.options import TrainOptions
 from eagle.train.run import train
@@ -62,6 +63,11 @@ def test_loss_falls_and_the_folder_is_complete(inputs, trained):
     assert str(inputs[0]) in card
     assert "30 steps" in card
     assert (out / "accuracy.png").stat().st_size > 1000
+
+
+def test_the_folder_loads_in_eamodel(inputs, trained):
+    model = EaModel.from_pretrained(str(inputs[0]), ea_model_path=str(trained[0]))
+    assert model is not None
 
 
 def test_the_exported_head_gives_the_trained_heads_logits(inputs, trained, tmp_path, monkeypatch):
@@ -277,6 +283,7 @@ def test_the_command_line(inputs, tmp_path, capsys):
     assert flags.minutes == 2.5
     assert flags.share_lm_head
     assert flags.batch_tokens == 24576
+    assert recorded(["--model", "m", "--pause-after", "9", "--resume"]) == "python -m eagle.train --model m"
     assert main(["--model", str(inputs[0]), "--out", str(tmp_path / "x"), "--data", "missing.jsonl"]) == 2
     assert "no data file missing.jsonl" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()

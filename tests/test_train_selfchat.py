@@ -11,7 +11,7 @@ from eagle.train.openings import first_message, follow_up
 from eagle.train.selfchat import ChatSettings, SelfChat, repeats, settings_match, write_conversations
 from eagle.train.template import chat_pieces
 
-SETTINGS = ChatSettings(seed=4, max_length=256, max_user_tokens=24, max_answer_tokens=60, shard_size=16)
+SETTINGS = ChatSettings(seed=4, max_length=256, max_user_tokens=24, max_answer_tokens=60, shard_size=8)
 
 
 def _write(folder, tokens, rows=6, should_pause=lambda: False):
@@ -51,9 +51,9 @@ def test_no_chat_template_asks_for_data():
 
 
 def test_conversations_are_reproducible_and_well_formed(tmp_path):
-    total = _write(tmp_path / "a", 3000)
-    assert total >= 2500
-    _write(tmp_path / "b", 3000)
+    total = _write(tmp_path / "a", 2000)
+    assert total >= 1800
+    _write(tmp_path / "b", 2000)
     shards = _shards(tmp_path / "a")
     assert shards == _shards(tmp_path / "b")
     tokenizer = tiny_tokenizer()
@@ -70,11 +70,11 @@ def test_conversations_are_reproducible_and_well_formed(tmp_path):
 
 
 def test_shards_that_are_there_are_kept(tmp_path):
-    _write(tmp_path, 3000)
+    _write(tmp_path, 1500)
     before = _shards(tmp_path)
     name = sorted(before)[0]
     (tmp_path / name).unlink()
-    _write(tmp_path, 6000)
+    _write(tmp_path, 3000)
     assert _shards(tmp_path)[name] == before[name]
 
 

@@ -16,8 +16,8 @@ from eagle.model.drafts import DraftModel
 from eagle.model.inputs import check_sampling, check_tree, token_budget, token_rows
 from eagle.model.loading import load_draft_model, load_target, load_tokenizer
 from eagle.model.locate import locate
-from eagle.model.presets import heads_for
 from eagle.model.ops import Ops, Sampling
+from eagle.model.presets import heads_for
 from eagle.model.target import Target
 from eagle.model.torch_ops import TORCH_OPS
 
@@ -113,7 +113,7 @@ class EaModel:
 
     def set_tree(self, total_token: int, depth: int, top_k: int) -> None:
         """Change the draft tree's shape for later calls. Raises InvalidInputError for one that can't be built."""
-        self.tree_shape: TreeShape = check_tree(total_token, depth, top_k, self.ea_layer.config.draft_vocab_size)
+        self.tree_shape = check_tree(total_token, depth, top_k, self.ea_layer.config.draft_vocab_size)
 
     def stream(
         self,

@@ -17,7 +17,6 @@ from eagle.model.hub import ensure_local
 from eagle.model.locate import RANDOM_DRAFT
 
 
-
 def load_target(source: str, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
     """The causal LM of a folder or hub id, by transformers' own classes.
 
@@ -110,4 +109,3 @@ def build_draft(state: DraftState) -> DraftModel:
         )
     model.load_state_dict(state.tensors, strict=True, assign=True)
     return model.requires_grad_(False)
-
