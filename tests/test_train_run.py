@@ -6,12 +6,12 @@ import torch
 from safetensors.torch import load_file
 from train_case import save_dialogues, save_tiny
 
+from eagle.cli import main
 from eagle.errors import InvalidInputError, TrainingError
 from eagle.model.checkpoints import load_draft
 from eagle.model.draft_config import TargetSpec
 from eagle.model.ea_model import EaModel
 from eagle.train import loop, run
-from eagle.train.__main__ import main, parser, recorded
 from eagle.train.loop import Trainer, chain_length, learning_rate
 from eagle.train.options import TrainOptions
 from eagle.train.run import train
@@ -279,12 +279,8 @@ def test_flash_asked_for_without_a_gpu_is_an_error(inputs, tmp_path):
 
 
 def test_the_command_line(inputs, tmp_path, capsys):
-    flags = parser().parse_args(["--model", "m", "--out", "o", "--minutes", "2.5", "--share-lm-head"])
-    assert flags.minutes == 2.5
-    assert flags.share_lm_head
-    assert flags.batch_tokens == 24576
-    assert recorded(["--model", "m", "--pause-after", "9", "--resume"]) == "python -m eagle.train --model m"
-    assert main(["--model", str(inputs[0]), "--out", str(tmp_path / "x"), "--data", "missing.jsonl"]) == 2
+    out = str(tmp_path / "x")
+    assert main(["train", "--model", str(inputs[0]), "--out", out, "--data", "missing.jsonl"]) == 2
     assert "no data file missing.jsonl" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 

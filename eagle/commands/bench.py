@@ -8,11 +8,13 @@ from typing import Annotated
 
 import typer
 
-from eagle.commands.console import note, open_model
+from eagle.commands.console import device_name, note, open_model
 from eagle.commands.options import (
     MODEL_DEFAULT,
     TREE_DEFAULT,
     DraftOption,
+    Dtype,
+    DtypeOption,
     JsonOption,
     Kernels,
     KernelsOption,
@@ -47,6 +49,7 @@ def accept(
     max_new_tokens: NewTokensOption = 256,
     tree: TreeOption = TREE_DEFAULT,
     kernels: KernelsOption = Kernels.auto,
+    dtype: DtypeOption = Dtype.auto,
     batch: Annotated[
         int | None, typer.Option("--batch", help=f"Prompts run together. Default: 1 on a CPU, {GPU_BATCH} on a GPU.")
     ] = None,
@@ -59,7 +62,7 @@ def accept(
         raise typer.BadParameter(f"--batch is {batch}; expected at least 1")
     chosen = read_prompts(prompts, limit)
     check_flags(tree, kernels, max_new_tokens)
-    loaded, notes = open_model(model, draft, tree, kernels)
+    loaded, notes = open_model(model, draft, tree, kernels, dtype)
 
     from rich.console import Console
     from rich.progress import Progress
@@ -90,8 +93,11 @@ def accept(
             "tree": [shape.total_token, shape.depth, shape.top_k],
             "max_new_tokens": max_new_tokens,
             "batch": batch,
+            "dtype": str(loaded.base_model.dtype).removeprefix("torch."),
+            "device": device_name(loaded.device),
         }
         print(json.dumps(settings | report.as_dict(), ensure_ascii=False))
         return
     for line in lines(report):
         print(line)
+    print(f"{loaded.base_model.dtype} on {device_name(loaded.device)}, batch {batch}".removeprefix("torch."))

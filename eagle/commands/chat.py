@@ -14,6 +14,8 @@ from eagle.commands.options import (
     MODEL_DEFAULT,
     TREE_DEFAULT,
     DraftOption,
+    Dtype,
+    DtypeOption,
     Kernels,
     KernelsOption,
     ModelOption,
@@ -105,12 +107,13 @@ def chat(
     seed: SeedOption = None,
     tree: TreeOption = TREE_DEFAULT,
     kernels: KernelsOption = Kernels.auto,
+    dtype: DtypeOption = Dtype.auto,
     system: Annotated[str | None, typer.Option("--system", help="A system message.")] = None,
 ) -> None:
     """Talk with a model; type /help inside."""
     check_flags(tree, kernels, max_new_tokens)
     settings = ReplySettings(max_new_tokens, sampling_of(temperature, top_p, top_k), seed)
-    loaded, notes = open_model(model, draft, tree, kernels)
+    loaded, notes = open_model(model, draft, tree, kernels, dtype)
     if not has_template(loaded.get_tokenizer()):
         raise InvalidInputError(f"the model {model} has no chat template, which a chat needs; use eagle generate --raw")
     note(*notes)

@@ -7,10 +7,12 @@ import sys
 import warnings
 from typing import TYPE_CHECKING
 
-from eagle.commands.options import Kernels, check_kernels, parse_tree
+from eagle.commands.options import Dtype, Kernels, check_kernels, parse_tree
 from eagle.errors import InvalidInputError, ModelNotFoundError
 
 if TYPE_CHECKING:
+    import torch
+
     from eagle.model.ea_model import EaModel
     from eagle.model.locate import ModelLocation
 
@@ -31,7 +33,9 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module=r"(transformers|torch|huggingface_hub)\.")
 
 
-def open_model(model: str, draft: str | None, tree: str, kernels: Kernels) -> tuple[EaModel, list[str]]:
+def open_model(
+    model: str, draft: str | None, tree: str, kernels: Kernels, dtype: Dtype = Dtype.auto
+) -> tuple[EaModel, list[str]]:
     """Load a target and its head. → the model, and notes for the user, to be shown once nothing can be refused.
 
     Raises InvalidInputError for a bad ``tree`` or ``kernels`` and for a model without a tokenizer, and whatever
@@ -58,8 +62,11 @@ def open_model(model: str, draft: str | None, tree: str, kernels: Kernels) -> tu
 
     from eagle.model.ea_model import EaModel
 
+    options = {} if dtype is Dtype.auto else {"dtype": dtype.value}
     with Console(stderr=True).status(f"Loading {model}"):
-        loaded = EaModel.from_pretrained(model, ea_model_path=draft, total_token=total_token, depth=depth, top_k=top_k)
+        loaded = EaModel.from_pretrained(
+            model, ea_model_path=draft, total_token=total_token, depth=depth, top_k=top_k, **options
+        )
     if loaded.get_tokenizer() is None:
         raise InvalidInputError(f"the model {location.base} has no tokenizer; add tokenizer.json and its config to it")
     return loaded, draft_lines(loaded, location)
@@ -72,3 +79,14 @@ def draft_lines(model: EaModel, location: ModelLocation) -> list[str]:
     if location.preset is not None and location.preset.origin == "embedded":
         return []
     return ["draft head: " + "; ".join(model.draft_notes)] if model.draft_notes else []
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words a reader of figures can use."""
+    import torch
+
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type} ({torch.get_num_threads()} threads)"
+    )

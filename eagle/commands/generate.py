@@ -13,6 +13,8 @@ from eagle.commands.options import (
     MODEL_DEFAULT,
     TREE_DEFAULT,
     DraftOption,
+    Dtype,
+    DtypeOption,
     JsonOption,
     Kernels,
     KernelsOption,
@@ -56,6 +58,7 @@ def generate(
     seed: SeedOption = None,
     tree: TreeOption = TREE_DEFAULT,
     kernels: KernelsOption = Kernels.auto,
+    dtype: DtypeOption = Dtype.auto,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also decode plainly; print the speed-up and whether the outputs agree.")
     ] = False,
@@ -70,7 +73,7 @@ def generate(
         seed = secrets.randbelow(1 << 31)  # both runs must draw the same numbers
     settings = ReplySettings(max_new_tokens, sampling, seed)
 
-    loaded, notes = open_model(model, draft, tree, kernels)
+    loaded, notes = open_model(model, draft, tree, kernels, dtype)
     tokenizer = loaded.get_tokenizer()
     if not raw and not has_template(tokenizer):
         raw = True

@@ -23,6 +23,15 @@ class Kernels(str, Enum):
     triton = "triton"
 
 
+class Dtype(str, Enum):
+    """The number format of target and head."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="A name from 'eagle models', a model folder, or a hub id.")
 ]
@@ -41,6 +50,7 @@ TreeOption = Annotated[
 KernelsOption = Annotated[
     Kernels, typer.Option("--kernels", envvar="EAGLE_KERNELS", help="Which implementation serves the ops.")
 ]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="auto: float32 on a CPU, the checkpoint's own on a GPU.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 
 MODEL_DEFAULT = DEFAULT_MODEL

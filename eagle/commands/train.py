@@ -77,6 +77,9 @@ def train(
     pause_after: Annotated[
         float | None, typer.Option("--pause-after", help="Stop with a checkpoint after this many seconds.")
     ] = Default.pause_after,
+    name: Annotated[
+        str, typer.Option("--name", help="The target's name on the model card. Default: what --model says.")
+    ] = Default.name,
     profile: Annotated[
         int, typer.Option("--profile", help="First time this many steps, part by part.")
     ] = Default.profile,
@@ -115,12 +118,20 @@ def train(
         evaluate_minutes=evaluate_minutes,
         log_every=log_every,
         pause_after=pause_after,
+        name=name,
         profile=profile,
         overwrite=overwrite,
         resume=resume,
-        command=shlex.join(["eagle", *sys.argv[1:]]),
+        command=recorded(sys.argv[1:]),
     )
     quiet_libraries()
     from eagle.train.run import train as run
 
     run(options)
+
+
+def recorded(given: list[str]) -> str:
+    """The command for the model card, without the flags that only say how a run was interrupted."""
+    kept = given if given[:1] == ["train"] else ["train", *given]
+    kept = [word for word, before in zip(kept, ["", *kept], strict=False) if "--pause-after" not in (word, before)]
+    return shlex.join(["eagle", *(word for word in kept if word != "--resume")])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 
@@ -37,7 +37,7 @@ class Session:
         *,
         speculative: bool = True,
         reuse_prefix: bool = False,
-    ) -> Iterator[list[list[int]]]:
+    ) -> Generator[list[list[int]], None, None]:
         """Yield each step's new tokens of each row. A second thread waits for its turn; a second generation of the same
         thread, which would wait forever, raises InvalidInputError."""
         if self._owner == threading.get_ident():

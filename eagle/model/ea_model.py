@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -128,7 +129,7 @@ class EaModel:
         seed: int | None = None,
         speculative: bool = True,
         reuse_prefix: bool = False,
-    ) -> Iterator[list[list[int]]]:
+    ) -> Generator[list[list[int]], None, None]:
         """Generate, yielding each step's new tokens as one list for each row.
 
         Arguments are checked at the call, before the first step. ``self.last_stats`` holds the figures, and is complete
@@ -202,11 +203,12 @@ class EaModel:
         if streamer is not None:
             streamer.put(prompt[0].cpu())
         rows: list[list[int]] = [[] for _ in range(prompt.shape[0])]
-        for new in steps:
-            for row, tokens in zip(rows, new, strict=True):
-                row += tokens
-            if streamer is not None and new[0]:
-                streamer.put(torch.tensor(new[0]))
+        with closing(steps):  # a streamer's exception must not leave the generation open
+            for new in steps:
+                for row, tokens in zip(rows, new, strict=True):
+                    row += tokens
+                if streamer is not None and new[0]:
+                    streamer.put(torch.tensor(new[0]))
         if streamer is not None:
             streamer.end()
         pad = self._pad_id(eos) if pad_token_id is None else pad_token_id
@@ -316,9 +318,10 @@ class EaModel:
 
         def outputs() -> Iterator[torch.Tensor]:
             so_far = output
-            for new in steps:
-                so_far = torch.cat((so_far, torch.tensor([new[0]], device=so_far.device)), dim=1)
-                yield so_far
+            with closing(steps):
+                for new in steps:
+                    so_far = torch.cat((so_far, torch.tensor([new[0]], device=so_far.device)), dim=1)
+                    yield so_far
 
         return outputs()
 
