@@ -51,6 +51,14 @@ def test_limits_are_exact(eagle: EaModel, limit: int) -> None:
     assert eagle.eagenerate(ids, max_length=12 + limit).shape[1] == 12 + limit
 
 
+def test_max_length_counts_padding_as_transformers_does(eagle: EaModel) -> None:
+    padding = torch.zeros(1, 20, dtype=torch.int64)
+    ids, mask = torch.cat((prompt(), padding), 1), torch.cat((torch.ones(1, 12), padding), 1)
+    assert eagle.generate(ids, attention_mask=mask, max_length=35).shape[1] == 35
+    with pytest.raises(InvalidInputError, match="max_length is 32"):
+        eagle.generate(ids, attention_mask=mask, max_length=32)
+
+
 def test_output_fills_the_context_and_stops() -> None:
     eagle = tiny_eagle(max_position_embeddings=64)
     ids = prompt(50)
@@ -224,6 +232,7 @@ def test_total_token_can_be_measured() -> None:
         ({"top_p": -0.1}, "top_p is -0.1"),
         ({"top_k": -1}, "top_k is -1"),
         ({"seed": 1, "generator": torch.Generator(), "temperature": 1.0}, "both generator and seed"),
+        ({"seed": 1 << 70, "temperature": 1.0}, "64 bits"),
         ({"attention_mask": torch.ones(1, 5)}, r"\[1, 5\], input_ids \[1, 12\]"),
         ({"attention_mask": torch.tensor([[1] * 5 + [0] + [1] * 6])}, "gap"),
         ({"attention_mask": torch.zeros(1, 12)}, "empty"),
@@ -240,6 +249,9 @@ def test_bad_arguments_are_named(eagle: EaModel, arguments: dict, words: str) ->
     ("ids", "words"),
     [
         (torch.empty(1, 0, dtype=torch.int64), "empty"),
+        ([], "empty"),
+        ([[1.5, 2.5]], "whole numbers"),
+        ({"input_ids": torch.ones(1, 3, dtype=torch.int64)}, "pass its 'input_ids'"),
         (torch.tensor([[1, 17]]), "id 17; expected ids from 0 to 16"),
         (torch.tensor([[1, -1]]), "id -1"),
         (torch.rand(1, 3), "float32"),
@@ -267,6 +279,17 @@ def test_bad_trees_are_named(tree: dict, words: str) -> None:
     model = tiny_target()
     with pytest.raises(InvalidInputError, match=words):
         EaModel(model, tiny_draft(model), **tree)
+
+
+def test_a_first_call_in_inference_mode_leaves_the_caches_usable() -> None:
+    eagle, ids = tiny_eagle(), prompt()
+    with torch.inference_mode():
+        wanted = eagle.generate(ids, max_new_tokens=5)
+    assert torch.equal(eagle.generate(ids, max_new_tokens=5), wanted)
+
+
+def test_eval_is_the_model_itself(eagle: EaModel) -> None:
+    assert eagle.eval() is eagle
 
 
 def test_stream_takes_sampling_and_rows_of_unequal_length(eagle: EaModel) -> None:

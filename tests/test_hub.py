@@ -54,6 +54,14 @@ def hub(monkeypatch, tmp_path):
     server.server_close()
 
 
+@pytest.mark.parametrize(("weights", "other"), [("model.safetensors", "bin"), ("pytorch_model.bin", "safetensors")])
+def test_the_list_of_a_format_that_was_left_on_the_hub_does_not_matter(tmp_path, weights, other):
+    folder = model_folder(tmp_path / "model", weights)
+    listing = {"weight_map": {"layer": f"x-00001-of-00001.{other}"}}
+    (folder / f"x.{other}.index.json").write_text(json.dumps(listing))
+    assert check_model_folder(folder) == folder
+
+
 @pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin", "model-00001-of-00001.safetensors"])
 def test_a_whole_folder_is_itself(tmp_path, weights):
     folder = model_folder(tmp_path / "model", weights)

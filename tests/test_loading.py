@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,13 @@ def load(pair: tuple[Path, Path], **options) -> EaModel:
     return EaModel.from_pretrained(base_model_path=str(pair[0]), ea_model_path=str(pair[1]), **options)
 
 
+def edit_config(folder: Path, field: str, value: object) -> None:
+    """Set a field of config.json; an int multiplies what is there, but 0 is 0."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, field: config[field] * value if isinstance(value, int) else value}))
+
+
 def test_a_pair_of_folders(pair: tuple[Path, Path]) -> None:
     model = load(pair, use_eagle3=True, total_token=13, depth=2, top_k=3, torch_dtype=torch.float32)
     assert model.tokenizer is None
@@ -47,10 +56,49 @@ def test_a_missing_tensor_is_named(pair: tuple[Path, Path]) -> None:
 
 @pytest.mark.parametrize("field", ["vocab_size", "hidden_size"])
 def test_a_config_that_does_not_fit_the_weights(pair: tuple[Path, Path], field: str) -> None:
-    path = pair[0] / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, field: 2 * config[field]}))
-    with pytest.raises((CheckpointError, ModelNotFoundError)):
+    edit_config(pair[0], field, 2)
+    with pytest.raises(CheckpointError, match=r"mismatch in .*embed_tokens"):
+        load(pair)
+
+
+@pytest.mark.parametrize(("field", "value"), [("num_attention_heads", 0), ("hidden_size", "sixteen")])
+def test_a_target_config_that_makes_no_sense(pair: tuple[Path, Path], field: str, value: object) -> None:
+    edit_config(pair[0], field, value)
+    with pytest.raises(ModelNotFoundError, match="target") as caught:
+        load(pair)
+    assert "\n" not in str(caught.value)
+
+
+class Code:
+    def __reduce__(self):
+        return (print, ("this must never run",))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda path: torch.save({"x": Code()}, path), "wants to run code"),
+        (lambda path: path.write_bytes(pickle.dumps({"x": Code()})), "wants to run code"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-2000]), "truncated or corrupt"),
+        (lambda path: path.write_bytes(b"hello" * 99), "truncated or corrupt"),
+    ],
+)
+def test_a_damaged_or_unsafe_pickle_of_a_target(
+    pair: tuple[Path, Path], damage: Callable[[Path], object], words: str, capsys: pytest.CaptureFixture
+) -> None:
+    weights = pair[0] / "model.safetensors"
+    torch.save(load_file(weights), pair[0] / "pytorch_model.bin")
+    weights.unlink()
+    load(pair)
+    damage(pair[0] / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=words):
+        load(pair)
+    assert "never run" not in capsys.readouterr().out
+
+
+def test_rope_scaling_that_lacks_a_value(pair: tuple[Path, Path]) -> None:
+    edit_config(pair[1], "rope_scaling", {"rope_type": "llama3"})
+    with pytest.raises(CheckpointError, match=r"RoPE scaling .*factor"):
         load(pair)
 
 

@@ -8,6 +8,7 @@ import torch
 from tiny import tiny_draft, tiny_target
 from torch import nn
 from transformers import (
+    FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -136,3 +137,9 @@ def test_a_layer_that_does_not_attend_through_the_interface_is_refused() -> None
     model.model.layers[2] = Skip()
     with pytest.raises(UnsupportedModelError, match="3 times in a pass of 4 layers"):
         Target(model, TORCH_OPS)
+
+
+def test_a_model_that_needs_a_mask_of_its_own_is_refused() -> None:
+    config = FalconConfig(vocab_size=29, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    with pytest.raises(UnsupportedModelError, match="FalconForCausalLM"):
+        Target(tiny_target(config), TORCH_OPS)

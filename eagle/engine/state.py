@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -54,18 +54,6 @@ class Run:
     def path(self) -> int:
         """Tokens a step can commit at most."""
         return self.shape.path if self.draft is not None else 1
-
-
-@dataclass
-class Progress:
-    """What the host knows of a run: lengths for cache bounds, and the figures reported in the end."""
-
-    lengths: list[int]  # committed positions in the target's cache, by row
-    steps: int = 0
-    target_passes: int = 0
-    new_tokens: list[int] = field(default_factory=list)
-    accepted: list[int] = field(default_factory=list)
-    """Tokens committed by each step of each row that was still running, prefill's token apart."""
 
 
 def slots_needed(positions: int, shape: TreeShape, speculative: bool) -> int:

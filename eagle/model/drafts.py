@@ -198,7 +198,9 @@ class DraftModel(nn.Module):
             hidden = self.norm(hidden, ops)
         if self.lm_head is not None:
             return _linear(ops, self.lm_head, hidden)
-        return ops.linear(hidden, self._shared_rows) if self._shared_rows is not None else self._shared_head(hidden)
+        if self._shared_rows is not None:
+            return ops.linear(hidden, self._shared_rows)
+        return self._shared_head(hidden).to(hidden.device)  # a spread target's lm_head lies on its last device
 
     @property
     def layer_shapes(self) -> list[LayerShape]:
@@ -240,4 +242,10 @@ def _rope_frequencies(config: DraftConfig, device: torch.device) -> tuple[torch.
         max_position_embeddings=config.max_position_embeddings,
         standardize_rope_params=lambda: None,
     )
-    return ROPE_INIT_FUNCTIONS[kind](host, device)
+    try:
+        return ROPE_INIT_FUNCTIONS[kind](host, device)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"the head's RoPE scaling {scaling} lacks or garbles a value ({type(error).__name__}: {error}): "
+            "complete it in the head's config.json"
+        ) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
@@ -104,6 +104,10 @@ class EaModel:
         """The target's tokenizer."""
         return self.tokenizer
 
+    def eval(self) -> EaModel:
+        """Does nothing, as both parts always are in evaluation mode; the reference's users call it."""
+        return self
+
     @property
     def config(self) -> Any:
         return self.base_model.config
@@ -139,7 +143,9 @@ class EaModel:
         sampling = sampling or Sampling()
         prompts = token_rows(input_ids, attention_mask, self.target.spec.vocab_size)
         longest = max(map(len, prompts))
-        budget = token_budget(longest, self.target.context_length, max_new_tokens, max_length, DEFAULT_NEW_TOKENS)
+        padding = 0 if attention_mask is None else torch.as_tensor(attention_mask).shape[-1] - longest
+        context = self.target.context_length
+        budget = token_budget(longest, context, max_new_tokens, max_length, DEFAULT_NEW_TOKENS, padding)
         eos = torch.tensor(sorted(self._eos_ids(eos_token_id)), dtype=torch.int64, device=self.device)
         uniforms = None
         if not sampling.greedy:
@@ -355,20 +361,26 @@ class EaModel:
         if given is None:
             config = self.base_model.generation_config
             given = config.eos_token_id if config is not None else None
-            given = self.target.config.eos_token_id if given is None else given
+            given = getattr(self.target.config, "eos_token_id", None) if given is None else given
         if given is None:
             return set()
         return {given} if isinstance(given, int) else {int(token) for token in given}
 
     def _pad_id(self, eos: set[int]) -> int:
-        known = (getattr(self.base_model.generation_config, "pad_token_id", None), self.target.config.pad_token_id)
+        owners = (self.base_model.generation_config, self.target.config)
+        known = [getattr(owner, "pad_token_id", None) for owner in owners]
         return next((pad for pad in (*known, *sorted(eos)) if isinstance(pad, int) and pad >= 0), 0)
 
 
 def _as_batch(input_ids: Any) -> torch.Tensor:
+    if isinstance(input_ids, Mapping):  # what transformers 5's apply_chat_template and tokenizers return
+        raise InvalidInputError(
+            f"input_ids is a {type(input_ids).__name__}; pass its 'input_ids' and, where rows are padded, its "
+            "'attention_mask'"
+        )
     try:
         ids = torch.as_tensor(input_ids)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise InvalidInputError(
             f"input_ids is no rectangular batch of ids ({error}); pad the rows and pass an attention_mask"
         ) from error
@@ -381,6 +393,8 @@ def _uniforms(batch: int, count: int, generator: torch.Generator | None, seed: i
     if generator is not None and seed is not None:
         raise InvalidInputError("both generator and seed were given; pass one of them")
     if seed is not None:
+        if not -(1 << 63) <= seed < 1 << 64:
+            raise InvalidInputError(f"seed is {seed}; expected a whole number of at most 64 bits")
         generator = torch.Generator().manual_seed(seed)
     device = generator.device if generator is not None else torch.device("cpu")
     return torch.rand(batch, count, generator=generator, device=device)

@@ -37,7 +37,9 @@ def check_model_folder(folder: Path, what: str = "model") -> Path:
         raise ModelNotFoundError(f"the {what} folder {folder} has no config.json; {expected}")
     if not has_weights(folder):
         raise ModelNotFoundError(f"the {what} folder {folder} has no weights; {expected}")
-    for index in sorted(folder.glob("*.index.json")):
+    # A repository with both formats brings both lists, and the weights of one of them.
+    suffix = "safetensors" if any(folder.glob("*.safetensors")) else "bin"
+    for index in sorted(folder.glob(f"*.{suffix}.index.json")):
         if missing := _missing_shards(index):
             raise ModelNotFoundError(
                 f"the {what} folder {folder} lacks {len(missing)} of the files that {index.name} lists "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,11 +51,16 @@ def token_rows(input_ids: Any, attention_mask: Any, vocab_size: int) -> list[lis
     a mask that does not fit.
     """
     if isinstance(input_ids, Sequence) and input_ids and isinstance(input_ids[0], Sequence):
-        rows = [[int(token) for token in row] for row in input_ids]
+        try:
+            rows = [[operator.index(token) for token in row] for row in input_ids]
+        except TypeError as error:
+            raise InvalidInputError(f"input_ids holds something else than whole numbers ({error})") from error
         if attention_mask is not None:
             raise InvalidInputError("attention_mask was given with a list of rows; rows in a list carry no padding")
     else:
         ids = torch.as_tensor(input_ids)
+        if ids.numel() == 0:
+            raise InvalidInputError("the prompt is empty; expected at least one token")
         if ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() not in (1, 2):
             raise InvalidInputError(
                 f"input_ids has dtype {ids.dtype} and shape {list(ids.shape)}; expected integers of shape [T] or [B, T]"
@@ -82,9 +88,15 @@ def token_rows(input_ids: Any, attention_mask: Any, vocab_size: int) -> list[lis
 
 
 def token_budget(
-    longest: int, context: int, max_new_tokens: int | None, max_length: int | None, default_new_tokens: int
+    longest: int,
+    context: int,
+    max_new_tokens: int | None,
+    max_length: int | None,
+    default_new_tokens: int,
+    padding: int = 0,
 ) -> int:
-    """How many tokens a run may add. ``max_length`` counts the prompt; ``max_new_tokens`` wins over it.
+    """How many tokens a run may add. ``max_length`` counts the prompt and, as in transformers, the columns of
+    ``padding`` beyond the longest row; ``max_new_tokens`` wins over it.
 
     Raises InvalidInputError for limits that allow nothing and prompts that do not fit the context (positions).
     """
@@ -94,11 +106,12 @@ def token_budget(
         raise InvalidInputError(
             f"the prompt has {longest} tokens, but the model's context holds {context}, new tokens included; shorten it"
         )
-    if max_new_tokens is None and max_length is not None and max_length <= longest:
+    if max_new_tokens is None and max_length is not None and max_length <= longest + padding:
         raise InvalidInputError(
-            f"max_length is {max_length}, but the prompt alone has {longest} tokens; raise it or set max_new_tokens"
+            f"max_length is {max_length}, but the prompt alone has {longest + padding} tokens; raise it or set "
+            "max_new_tokens"
         )
     room = context - longest
     if max_new_tokens is not None:
         return min(max_new_tokens, room)
-    return min(default_new_tokens if max_length is None else max_length - longest, room)
+    return min(default_new_tokens if max_length is None else max_length - longest - padding, room)

@@ -78,10 +78,11 @@ class KVCache:
         self.groups: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.layers: list[tuple[torch.Tensor, torch.Tensor]] = [None] * len(layers)  # type: ignore[list-item]
         for shape, indices in members.items():
-            k, v = (
-                torch.zeros(len(indices), batch, shape.heads, slots, size, dtype=shape.dtype, device=shape.device)
-                for size in (shape.k_size, shape.v_size)
-            )
+            with torch.inference_mode(False):  # the memory outlives a caller's inference mode, and is written after it
+                k, v = (
+                    torch.zeros(len(indices), batch, shape.heads, slots, size, dtype=shape.dtype, device=shape.device)
+                    for size in (shape.k_size, shape.v_size)
+                )
             self.groups.append((k, v))
             for row, index in enumerate(indices):
                 self.layers[index] = (k[row], v[row])

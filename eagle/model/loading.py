@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import pickle
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from eagle.errors import CheckpointError, EagleError, ModelNotFoundError
+from eagle.model.checkpoint_files import listed, read_tensors
 from eagle.model.checkpoints import DraftState, default_draft_config, load_draft, random_draft
 from eagle.model.draft_config import TargetSpec
 from eagle.model.drafts import DraftModel
@@ -22,7 +25,8 @@ def load_target(source: str, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
 
     Without ``dtype`` or ``device_map``: float32 on a CPU, the checkpoint's own dtype on the first GPU.
     """
-    options = dict(hf_kwargs)
+    # A mismatch is then reported like a missing tensor, by name and with both shapes, and refused below.
+    options = {"ignore_mismatched_sizes": True, **hf_kwargs}
     if "torch_dtype" in options:  # the reference's spelling; transformers 5 says dtype
         options["dtype"] = options.pop("torch_dtype")
     on_gpu = torch.cuda.is_available()
@@ -36,7 +40,22 @@ def load_target(source: str, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
         raise CheckpointError(f"the weights in {folder} are damaged ({error}); fetch or copy them again") from error
     except (torch.OutOfMemoryError, EagleError):
         raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    # The configuration is a stranger's, and transformers computes with it before it judges it.
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+        EOFError,
+        ImportError,
+        StrictDataclassError,
+        pickle.UnpicklingError,
+    ) as error:
+        if not any(folder.glob("*.safetensors")):
+            read_tensors(folder)  # says in one line which pickle is damaged or wants to run code
         raise ModelNotFoundError(
             f"transformers could not load a causal LM from {folder}: {_first_line(error)}; expected a Hugging Face model "
             "folder whose weights fit its config.json"
@@ -44,8 +63,8 @@ def load_target(source: str, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
     missing, mismatched = sorted(info["missing_keys"]), sorted(str(key) for key in info["mismatched_keys"])
     if missing or mismatched:
         raise CheckpointError(
-            f"the weights in {folder} lack {missing or 'nothing'} and mismatch in {mismatched or 'nothing'}; transformers "
-            "would fill in random numbers: fetch or copy them again"
+            f"the weights in {folder} lack {listed(missing) or 'nothing'} and mismatch in "
+            f"{listed(mismatched) or 'nothing'}; transformers would fill in random numbers: fetch or copy them again"
         )
     return model
 
@@ -65,7 +84,9 @@ def load_tokenizer(source: str, hf_kwargs: dict[str, Any]) -> PreTrainedTokenize
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return " ".join(lines[:2])
     return lines[0] if lines else type(error).__name__
 
 

@@ -230,10 +230,16 @@ class Target:
         zero = torch.zeros(1, dtype=torch.int64, device=self.device)
         layers = [_ProbeLayer() for _ in self.layers]
         context = ForwardContext(self.ops, zero, None, 1, calls=[])
-        with self._serving(context):
-            logits = self.model(
-                input_ids=token, position_ids=token, past_key_values=Cache(layers=layers), use_cache=True
-            ).logits
+        try:
+            with self._serving(context):
+                logits = self.model(
+                    input_ids=token, position_ids=token, past_key_values=Cache(layers=layers), use_cache=True
+                ).logits
+        except (TypeError, AttributeError, LookupError, NotImplementedError, ValueError) as error:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} does not run with a custom attention and cache ({error}); use a model "
+                "whose transformers class supports both"
+            ) from error
         check_attention_call(self.model, self.config, context.calls or [])
         missing = [index for index, layer in enumerate(layers) if layer.shape is None]
         if missing:

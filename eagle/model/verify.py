@@ -78,7 +78,8 @@ def update_inputs(
     """
     path = accepted.nodes.shape[1]
     step = torch.arange(path, device=state.root.device)
-    ends = torch.isin(accepted.tokens, eos) & (step < accepted.count[:, None])
+    # Not torch.isin: with a dozen end tokens or more it sorts out duplicates, whose number the host must read.
+    ends = (accepted.tokens[..., None] == eos).any(-1) & (step < accepted.count[:, None])
     first_end = torch.where(ends, step, path).amin(-1)
     count = torch.minimum(torch.minimum(accepted.count, first_end + 1), state.budget)
     count = torch.where(state.done, 0, count)
