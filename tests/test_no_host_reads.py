@@ -54,7 +54,7 @@ def test_the_guard_notices_a_read() -> None:
 @pytest.mark.parametrize("kind", ["eagle3", "eagle1"])
 def test_no_host_reads(kind: str, sampling: Sampling, speculative: bool, monkeypatch) -> None:
     run = make_run(kind, sampling, speculative)
-    state = prefill(run, [[3, 4, 5], [6], [7, 8, 9, 10]], budget=30)
+    state = prefill(run, [[3, 4, 5], [6], [7, 8, 9, 10]], budgets=[30] * 3)
     for name in ("tolist", "item", "numpy", "__bool__", "__int__", "__float__"):
         monkeypatch.setattr(torch.Tensor, name, refuse)
     with NoHostReads():
@@ -66,7 +66,7 @@ def test_no_host_reads(kind: str, sampling: Sampling, speculative: bool, monkeyp
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9, 0.8, 5)], ids=["greedy", "sampled"])
 def test_no_device_synchronisation(sampling: Sampling) -> None:
     run = make_run("eagle3", sampling, speculative=True, device="cuda")
-    state = prefill(run, [[3, 4, 5], [6], [7, 8, 9, 10]], budget=30)
+    state = prefill(run, [[3, 4, 5], [6], [7, 8, 9, 10]], budgets=[30] * 3)
     step(run, state, 10)  # library handles are made in a first pass
     torch.cuda.set_sync_debug_mode("error")
     try:

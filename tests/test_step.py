@@ -123,7 +123,7 @@ def test_step_matches_loops(
         options = {"aux_layers": aux, **dict.fromkeys(sorted(switches), True)}
         options |= {"draft_vocab_size": 11} if own_vocab else {}
     run, prompts = make_run(kind, shape, batch, **options)
-    state = prefill(run, prompts, budget=40)
+    state = prefill(run, prompts, budgets=[40] * len(prompts))
     sequences = [[*prompt, first] for prompt, first in zip(prompts, state.root.tolist(), strict=True)]
     for _ in range(2):
         references = [Reference(run, sequence) for sequence in sequences]
@@ -141,7 +141,7 @@ def test_step_matches_loops(
 def test_steps_commit_more_than_one_token() -> None:
     """The comparison above would prove little if the trees were never accepted."""
     run, prompts = make_run("eagle3", TreeShape(60, 2, 8), 4)
-    state, accepted = prefill(run, prompts, budget=60), []
+    state, accepted = prefill(run, prompts, budgets=[60] * len(prompts)), []
     for _ in range(12):
         state = step(run, state, 60)
         accepted += state.count.tolist()

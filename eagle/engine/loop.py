@@ -40,7 +40,7 @@ class GenerationStats:
 
 
 def decode(
-    run: Run, prompts: list[list[int]], max_new_tokens: int, stats: GenerationStats, reused: int = 0
+    run: Run, prompts: list[list[int]], budgets: list[int], stats: GenerationStats, reused: int = 0
 ) -> Iterator[list[list[int]]]:
     """Yield, for prefill and then for each step, the new tokens of each row (empty for a finished row).
 
@@ -53,7 +53,7 @@ def decode(
     reusable = 0
     stats.prompt_tokens, stats.reused_tokens = sum(lengths), reused
     try:
-        state = prefill(run, prompts, max_new_tokens, reused)
+        state = prefill(run, prompts, budgets, reused)
         new, done = _read(state)
         stats.prefill_seconds = time.perf_counter() - started
         running = [True] * len(prompts)

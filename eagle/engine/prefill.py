@@ -19,10 +19,10 @@ CHUNK = 512
 
 
 @torch.no_grad()
-def prefill(run: Run, prompts: list[list[int]], budget: int, reused: int = 0) -> DecodeState:
+def prefill(run: Run, prompts: list[list[int]], budgets: list[int], reused: int = 0) -> DecodeState:
     """Process the prompts from position ``reused`` on and return the state that holds each row's first new token.
 
-    budget: new tokens allowed, the first included. reused: positions already valid in both caches (one row only).
+    budgets: new tokens allowed each row, the first included. reused: positions already valid in both caches (one row only).
     """
     device = run.target.device
     lengths = [len(prompt) for prompt in prompts]
@@ -53,7 +53,8 @@ def prefill(run: Run, prompts: list[list[int]], budget: int, reused: int = 0) ->
     else:
         first = draw(next_token_probs(logits, run.sampling), run.uniforms[:, 0])
     features = None if run.draft is None else torch.stack([row for row in last_features if row is not None])
-    return initial_state(torch.tensor(lengths, device=device), first, features, budget - 1, run.path, run.eos)
+    left = torch.tensor(budgets, device=device) - 1
+    return initial_state(torch.tensor(lengths, device=device), first, features, left, run.path, run.eos)
 
 
 def _draft_chunk(run: Run, features: torch.Tensor, tokens: torch.Tensor, begin: int, end: int) -> None:

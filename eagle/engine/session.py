@@ -27,7 +27,7 @@ class Session:
     def run(
         self,
         prompts: list[list[int]],
-        budget: int,
+        budgets: list[int],
         ops: Ops,
         shape: TreeShape,
         sampling: Sampling,
@@ -46,11 +46,12 @@ class Session:
             self._owner = threading.get_ident()
             try:
                 reused = self._common_prefix(prompts) if reuse_prefix else 0
-                needed = slots_needed(max(map(len, prompts)) + budget, shape, speculative)
+                longest = max(len(prompt) + budget for prompt, budget in zip(prompts, budgets, strict=True))
+                needed = slots_needed(longest, shape, speculative)
                 caches = self._caches_for(len(prompts), needed, reused)
                 draft = self.draft if speculative else None
                 run = Run(self.target, draft, ops, shape, sampling, caches, eos, uniforms)
-                yield from decode(run, prompts, budget, stats, reused)
+                yield from decode(run, prompts, budgets, stats, reused)
             finally:
                 self._owner = None
 

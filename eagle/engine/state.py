@@ -69,12 +69,11 @@ def bounded(slots: int, total: int) -> int:
 
 
 def initial_state(
-    lengths: torch.Tensor, first: torch.Tensor, features: torch.Tensor | None, budget: int, path: int, eos: torch.Tensor
+    lengths: torch.Tensor, first: torch.Tensor, features: torch.Tensor | None, budget: torch.Tensor, path: int, eos: torch.Tensor
 ) -> DecodeState:
     """The state after prefill. lengths: [B] prompt lengths; first: [B] the first new token; features: [B, F] at each
-    prompt's last position; budget: tokens still allowed, the first one not counted."""
+    prompt's last position; budget: [B] tokens still allowed, the first one not counted."""
     tokens = first[:, None].repeat(1, path)
-    budgets = torch.full_like(lengths, budget)
     return DecodeState(
         kv_len=lengths,
         root=first,
@@ -82,6 +81,6 @@ def initial_state(
         features=None if features is None else features[:, None].repeat(1, path, 1),
         count=torch.ones_like(lengths),
         generated=torch.ones_like(lengths),
-        budget=budgets,
-        done=torch.isin(first, eos) | (budgets <= 0),
+        budget=budget,
+        done=torch.isin(first, eos) | (budget <= 0),
     )

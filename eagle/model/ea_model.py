@@ -14,7 +14,7 @@ from eagle.engine.loop import GenerationStats
 from eagle.engine.session import Session
 from eagle.errors import InvalidInputError, ModelNotFoundError
 from eagle.model.drafts import DraftModel
-from eagle.model.inputs import check_sampling, check_tree, token_budget, token_rows
+from eagle.model.inputs import check_sampling, check_tree, token_budgets, token_rows
 from eagle.model.loading import load_draft_model, load_target, load_tokenizer
 from eagle.model.locate import locate
 from eagle.model.ops import Ops, Sampling
@@ -142,19 +142,18 @@ class EaModel:
         """
         sampling = sampling or Sampling()
         prompts = token_rows(input_ids, attention_mask, self.target.spec.vocab_size)
-        longest = max(map(len, prompts))
-        padding = 0 if attention_mask is None else torch.as_tensor(attention_mask).shape[-1] - longest
-        context = self.target.context_length
-        budget = token_budget(longest, context, max_new_tokens, max_length, DEFAULT_NEW_TOKENS, padding)
+        lengths, context = [len(prompt) for prompt in prompts], self.target.context_length
+        width = None if attention_mask is None else torch.as_tensor(attention_mask).shape[-1]
+        budgets = token_budgets(lengths, context, max_new_tokens, max_length, DEFAULT_NEW_TOKENS, width)
         eos = torch.tensor(sorted(self._eos_ids(eos_token_id)), dtype=torch.int64, device=self.device)
         uniforms = None
         if not sampling.greedy:
-            uniforms = _uniforms(len(prompts), budget + self.tree_shape.path, generator, seed).to(self.device)
+            uniforms = _uniforms(len(prompts), max(budgets) + self.tree_shape.path, generator, seed).to(self.device)
         stats = GenerationStats()
         self.last_stats = stats
         return self._session.run(
             prompts,
-            budget,
+            budgets,
             self.ops,
             self.tree_shape,
             sampling,
@@ -255,7 +254,7 @@ class EaModel:
         *_, last = self.naive_generate(
             input_ids, temperature, top_p, top_k, max_new_tokens, max_length, is_llama3=is_llama3
         )
-        return self._logged(last, input_ids, log)
+        return self._logged(last, input_ids, log, first_step=1)
 
     def ea_generate(
         self,
@@ -303,11 +302,6 @@ class EaModel:
         output = _as_batch(input_ids)
         if output.shape[0] != 1:
             raise InvalidInputError(f"this method takes one sequence, got {output.shape[0]}; use generate for a batch")
-        limit = max_length - output.shape[1]
-        if limit <= 0:
-            raise InvalidInputError(
-                f"max_length is {max_length}, but the prompt has {output.shape[1]} tokens; raise it"
-            )
         eos = self._eos_ids(None)
         if self.tokenizer is not None:
             extra = [self.tokenizer.eos_token_id]
@@ -316,7 +310,8 @@ class EaModel:
             eos |= {token for token in extra if token is not None}
         steps = self.stream(
             input_ids,
-            max_new_tokens=min(max_new_tokens, limit) if max_new_tokens > 0 else max_new_tokens,
+            max_new_tokens=max_new_tokens,
+            max_length=max_length,
             sampling=check_sampling(temperature, top_p, top_k, top_k_first=False),
             eos_token_id=eos,
             speculative=speculative,
@@ -331,9 +326,10 @@ class EaModel:
 
         return outputs()
 
-    def _logged(self, output: torch.Tensor, input_ids: torch.Tensor, log: bool) -> Any:
+    def _logged(self, output: torch.Tensor, input_ids: torch.Tensor, log: bool, first_step: int = 0) -> Any:
+        """The reference counts steps from 0, and plain decoding's first token as a step of its own."""
         new_tokens = output.shape[1] - _as_batch(input_ids).shape[1]
-        return (output, new_tokens, max(0, self.last_stats.steps - 1)) if log else output
+        return (output, new_tokens, max(0, self.last_stats.steps - 1 + first_step)) if log else output
 
     def _fastest_total_token(self) -> int:
         """The reference's choice for total_token=-1: the tree whose target pass is cheapest for what it yields.

@@ -14,9 +14,10 @@ from eagle.model.ops import Sampling, TreeShape
 
 def check_tree(total_token: int, depth: int, top_k: int, draft_vocab_size: int) -> TreeShape:
     """The tree's shape, or InvalidInputError naming the bound that was missed."""
-    for name, value, least in (("total_token", total_token, 2), ("depth", depth, 0), ("top_k", top_k, 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise InvalidInputError(f"{name} is {value!r}; expected a whole number of at least {least}")
+    bounds = (("total_token", total_token, 2, 1024), ("depth", depth, 0, 64), ("top_k", top_k, 1, 128))
+    for name, value, least, most in bounds:
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise InvalidInputError(f"{name} is {value!r}; expected a whole number from {least} to {most}")
     if top_k > draft_vocab_size:
         raise InvalidInputError(
             f"top_k is {top_k}, but the draft head knows only {draft_vocab_size} tokens; lower top_k to that or less"
@@ -30,8 +31,11 @@ def check_tree(total_token: int, depth: int, top_k: int, draft_vocab_size: int) 
     return shape
 
 
-def check_sampling(temperature: float, top_p: float, top_k: float, *, top_k_first: bool) -> Sampling:
-    """Sampling settings, or InvalidInputError. top_p 0 and 1 both mean off, top_k 0 means off."""
+def check_sampling(
+    temperature: float | None, top_p: float | None, top_k: float | None, *, top_k_first: bool
+) -> Sampling:
+    """Sampling settings, or InvalidInputError. None means off; so do top_p 0 and 1, and top_k 0."""
+    temperature, top_p, top_k = temperature or 0.0, top_p or 0.0, top_k or 0
     if not temperature >= 0.0 or temperature == float("inf"):
         raise InvalidInputError(f"temperature is {temperature}; expected 0 (greedy) or a positive number")
     if not 0.0 <= top_p <= 1.0:
@@ -87,31 +91,32 @@ def token_rows(input_ids: Any, attention_mask: Any, vocab_size: int) -> list[lis
     return rows
 
 
-def token_budget(
-    longest: int,
+def token_budgets(
+    lengths: list[int],
     context: int,
     max_new_tokens: int | None,
     max_length: int | None,
     default_new_tokens: int,
-    padding: int = 0,
-) -> int:
-    """How many tokens a run may add. ``max_length`` counts the prompt and, as in transformers, the columns of
-    ``padding`` beyond the longest row; ``max_new_tokens`` wins over it.
+    width: int | None = None,
+) -> list[int]:
+    """How many tokens each row may add, given the rows' ``lengths`` and the context (positions).
 
-    Raises InvalidInputError for limits that allow nothing and prompts that do not fit the context (positions).
+    ``max_length`` counts the prompt and, as in transformers, its padding up to ``width`` columns. Where both limits are
+    given, both hold. With neither, ``default_new_tokens``.
+
+    Raises InvalidInputError for limits that allow nothing and prompts that do not fit the context.
     """
-    if max_new_tokens is not None and max_new_tokens <= 0:
-        raise InvalidInputError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+    longest, width = max(lengths), max(lengths) if width is None else width
+    for name, value in (("max_new_tokens", max_new_tokens), ("max_length", max_length)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value <= 0):
+            raise InvalidInputError(f"{name} is {value!r}; expected a whole number of at least 1")
     if longest >= context:
         raise InvalidInputError(
             f"the prompt has {longest} tokens, but the model's context holds {context}, new tokens included; shorten it"
         )
-    if max_new_tokens is None and max_length is not None and max_length <= longest + padding:
-        raise InvalidInputError(
-            f"max_length is {max_length}, but the prompt alone has {longest + padding} tokens; raise it or set "
-            "max_new_tokens"
-        )
-    room = context - longest
-    if max_new_tokens is not None:
-        return min(max_new_tokens, room)
-    return min(default_new_tokens if max_length is None else max_length - longest - padding, room)
+    if max_length is not None and max_length <= width:
+        raise InvalidInputError(f"max_length is {max_length}, but the prompt alone has {width} tokens; raise it")
+    limits = [default_new_tokens] if max_new_tokens is None and max_length is None else []
+    limits += [] if max_new_tokens is None else [max_new_tokens]
+    limits += [] if max_length is None else [max_length - width]
+    return [min(*limits, context - length) for length in lengths]
