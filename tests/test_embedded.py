@@ -74,7 +74,8 @@ def test_nothing_is_printed_without_progress(index, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_progress_goes_to_standard_error(index, capfd):
+def test_progress_goes_to_standard_error(index, capfd, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes the stream for a terminal
     ensure_embedded(source=index.source)
     out, err = capfd.readouterr()
     assert out == ""

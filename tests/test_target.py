@@ -3,6 +3,8 @@ and what cannot be driven is refused."""
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from tiny import tiny_draft, tiny_target
@@ -143,3 +145,38 @@ def test_a_model_that_needs_a_mask_of_its_own_is_refused() -> None:
     config = FalconConfig(vocab_size=29, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
     with pytest.raises(UnsupportedModelError, match="FalconForCausalLM"):
         Target(tiny_target(config), TORCH_OPS)
+
+
+def test_forwards_of_one_model_from_two_threads_take_turns() -> None:
+    model = tiny_target()
+    eagles = [EaModel(model, tiny_draft(model), total_token=20, depth=2, top_k=4) for _ in range(2)]
+    prompts = [torch.randint(1, 17, (1, n)) for n in (5, 9)]
+    wanted = [own_greedy(model, ids, 30) for ids in prompts]
+    got: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+
+    def work(index: int) -> None:
+        for _ in range(5):
+            got[index].append(eagles[index].generate(prompts[index], max_new_tokens=30))
+
+    before = model.config._attn_implementation
+    threads = [threading.Thread(target=work, args=(index,)) for index in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    for index in (0, 1):
+        assert len(got[index]) == 5
+        assert all(torch.equal(out, wanted[index]) for out in got[index])
+    assert model.config._attn_implementation == before
+
+
+def test_longrope_is_used_up_to_its_original_context() -> None:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32, **factors}
+    config = Phi3Config(**{**GATED, "max_position_embeddings": 128}, rope_parameters=rope)
+    config.original_max_position_embeddings = 32
+    model = tiny_target(config)
+    eagle = EaModel(model, tiny_draft(model), total_token=20, depth=2, top_k=4)
+    assert eagle.target.context_length == 32
+    ids = torch.randint(29, (1, 20))
+    assert torch.equal(eagle.generate(ids, max_new_tokens=40), own_greedy(model, ids, 12))

@@ -8,7 +8,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from eagle.commands.options import Dtype, Kernels, check_kernels, parse_tree
-from eagle.errors import InvalidInputError, ModelNotFoundError
+from eagle.errors import InvalidInputError
 
 if TYPE_CHECKING:
     import torch
@@ -43,17 +43,12 @@ def open_model(
     """
     total_token, depth, top_k = parse_tree(tree)
     check_kernels(kernels)
-    from eagle.model.locate import RANDOM_DRAFT, ensure_local, locate
-    from eagle.model.presets import heads_for
+    from eagle.model.locate import RANDOM_DRAFT, ensure_local, locate, no_head
 
     # Fetched before the libraries are quiet and the spinner turns: a first use draws bars of its own.
     location = locate(model, draft)
     if location.draft is None:
-        known = " or ".join(f"--draft {preset.draft}" for preset in heads_for(location.base))
-        raise ModelNotFoundError(
-            f"no draft head was named for {location.base}; give "
-            f"{known or '--draft FOLDER or a hub id'}, or --draft {RANDOM_DRAFT} for an untrained one"
-        )
+        raise no_head(location.base)
     ensure_local(location.base, "target model")
     if location.draft != RANDOM_DRAFT:
         ensure_local(location.draft, "draft head")

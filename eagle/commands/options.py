@@ -79,7 +79,7 @@ def check_kernels(kernels: Kernels) -> None:
 def check_flags(tree: str, kernels: Kernels, max_new_tokens: int) -> None:
     """Refuse what can be refused before a model is loaded. Raises InvalidInputError."""
     if max_new_tokens <= 0:
-        raise InvalidInputError(f"--max-new-tokens is {max_new_tokens}; expected at least 1")
+        raise InvalidInputError(f"max_new_tokens is {max_new_tokens}; expected a whole number of at least 1")
     check_kernels(kernels)
     total_token, depth, top_k = parse_tree(tree)
     from eagle.model.inputs import check_tree

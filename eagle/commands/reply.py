@@ -137,9 +137,9 @@ def encode_prompt(tokenizer: Any, text: str, *, raw: bool = False) -> list[int]:
 
 def check_fits(model: EaModel, ids: list[int]) -> None:
     """Refuse a prompt that the model's context does not hold. Raises InvalidInputError."""
-    from eagle.model.inputs import token_budget
+    from eagle.model.inputs import token_budgets
 
-    token_budget(len(ids), model.target.context_length, 1, None, 1)
+    token_budgets([len(ids)], model.target.context_length, 1, None, 1)
 
 
 def reply_to(

@@ -69,7 +69,12 @@ def bounded(slots: int, total: int) -> int:
 
 
 def initial_state(
-    lengths: torch.Tensor, first: torch.Tensor, features: torch.Tensor | None, budget: torch.Tensor, path: int, eos: torch.Tensor
+    lengths: torch.Tensor,
+    first: torch.Tensor,
+    features: torch.Tensor | None,
+    budget: torch.Tensor,
+    path: int,
+    eos: torch.Tensor,
 ) -> DecodeState:
     """The state after prefill. lengths: [B] prompt lengths; first: [B] the first new token; features: [B, F] at each
     prompt's last position; budget: [B] tokens still allowed, the first one not counted."""

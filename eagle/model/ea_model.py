@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from typing import Any
@@ -12,13 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eagle.engine.loop import GenerationStats
 from eagle.engine.session import Session
-from eagle.errors import InvalidInputError, ModelNotFoundError
+from eagle.errors import InvalidInputError
 from eagle.model.drafts import DraftModel
 from eagle.model.inputs import check_sampling, check_tree, token_budgets, token_rows
-from eagle.model.loading import load_draft_model, load_target, load_tokenizer
-from eagle.model.locate import locate
+from eagle.model.loading import ignored_settings, load_draft_model, load_target, load_tokenizer
+from eagle.model.locate import locate, no_head
 from eagle.model.ops import Ops, Sampling
-from eagle.model.presets import heads_for
 from eagle.model.target import Target
 from eagle.model.torch_ops import TORCH_OPS
 
@@ -88,16 +88,16 @@ class EaModel:
             name_or_path, ea_model_path, base_model_path=base_model_path, revision=hf_kwargs.get("revision")
         )
         if location.draft is None:
-            known = ", ".join(preset.draft for preset in heads_for(location.base)) or "none is known for it here"
-            raise ModelNotFoundError(
-                f"no draft head was named for {location.base} ({known}); pass ea_model_path=FOLDER, a hub id, or "
-                '"random" for an untrained one'
-            )
+            raise no_head(location.base)
         base_model = load_target(location.base, hf_kwargs)
-        draft, notes = load_draft_model(location.draft, base_model, use_eagle3)
+        draft, notes = load_draft_model(location.draft, base_model, use_eagle3, hf_kwargs)
         tree = {"total_token": total_token, "depth": depth, "top_k": top_k, "threshold": threshold}
         model = cls(base_model, draft, load_tokenizer(location.base, hf_kwargs), **tree)
         model.draft_notes = notes
+        if ignored := ignored_settings(base_model):
+            warnings.warn(
+                f"the model's generation config asks for {', '.join(ignored)}, which is not applied here", stacklevel=2
+            )
         return model
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -360,6 +360,8 @@ class EaModel:
             given = getattr(self.target.config, "eos_token_id", None) if given is None else given
         if given is None:
             return set()
+        if isinstance(given, torch.Tensor):
+            given = given.flatten().tolist()
         return {given} if isinstance(given, int) else {int(token) for token in given}
 
     def _pad_id(self, eos: set[int]) -> int:

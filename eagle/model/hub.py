@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from eagle.errors import DownloadError, ModelNotFoundError, OutOfMemoryError
 from eagle.model.presets import near_matches
@@ -59,10 +60,13 @@ def ensure_local(
     *,
     revision: str | None = None,
     progress: bool = True,
+    trust_remote_code: bool = False,
+    **hub_options: Any,
 ) -> Path:
     """The folder of a model: an existing one as it is, a hub id downloaded into Hugging Face's own cache.
 
-    Only weights (safetensors; .bin where there are none), JSON and tokenizer files are downloaded; no code.
+    Only weights (safetensors; .bin where there are none), JSON and tokenizer files are downloaded; code only with
+    ``trust_remote_code``. hub_options: ``token``, ``cache_dir`` and the like, for huggingface_hub's snapshot_download.
 
     Raises:
         ModelNotFoundError: no such folder, repository or revision, or one that needs permission.
@@ -86,7 +90,10 @@ def ensure_local(
     )
 
     def snapshot(patterns: list[str]) -> Path:
-        return Path(snapshot_download(given, revision=revision, allow_patterns=patterns, ignore_patterns=_LEFT_OUT))
+        wanted = [*patterns, *(["*.py"] if trust_remote_code else [])]
+        return Path(
+            snapshot_download(given, revision=revision, allow_patterns=wanted, ignore_patterns=_LEFT_OUT, **hub_options)
+        )
 
     try:
         with _hub_bars(progress):

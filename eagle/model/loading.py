@@ -33,7 +33,7 @@ def load_target(source: str, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
     options.setdefault("dtype", "auto" if on_gpu else torch.float32)
     if on_gpu:
         options.setdefault("device_map", {"": 0})
-    folder = ensure_local(source, "target model", revision=hf_kwargs.get("revision"))
+    folder = ensure_local(source, "target model", **_hub_options(hf_kwargs))
     try:
         model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     except SafetensorError as error:
@@ -69,9 +69,20 @@ def load_target(source: str, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
     return model
 
 
+def ignored_settings(model: PreTrainedModel) -> list[str]:
+    """Logits processors the model's generation config asks for, which change transformers' own greedy output too and
+    are not applied here; each as ``name=value``."""
+    config = model.generation_config
+    neutral = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0}
+    neutral |= dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias"))
+    neutral |= dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "min_length", "min_new_tokens"))
+    given = {name: getattr(config, name, None) for name in neutral}
+    return [f"{name}={value}" for name, value in given.items() if value and value != neutral[name]]
+
+
 def load_tokenizer(source: str, hf_kwargs: dict[str, Any]) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside the model, or None where the folder holds none."""
-    folder = ensure_local(source, "target model", revision=hf_kwargs.get("revision"))
+    folder = ensure_local(source, "target model", **_hub_options(hf_kwargs))
     if not any(name.startswith("token") for name in os.listdir(folder)):
         return None
     trust = {"trust_remote_code": True} if hf_kwargs.get("trust_remote_code") else {}
@@ -91,7 +102,7 @@ def _first_line(error: Exception) -> str:
 
 
 def load_draft_model(
-    source: str, base_model: PreTrainedModel, use_eagle3: bool | None = None
+    source: str, base_model: PreTrainedModel, use_eagle3: bool | None = None, hf_kwargs: dict[str, Any] | None = None
 ) -> tuple[DraftModel, list[str]]:
     """The head for a target, and the conventions its loading resolved, a line each."""
     config = base_model.config.get_text_config(decoder=True)
@@ -101,7 +112,8 @@ def load_draft_model(
     if source == RANDOM_DRAFT:
         return build_draft(random_head(config, spec, use_eagle3)), ["the head is untrained: drafts are guesses"]
     eps = getattr(config, "rms_norm_eps", None)
-    state = load_draft(ensure_local(source, "draft head"), spec, use_eagle3=use_eagle3, target_rms_eps=eps)
+    options = {name: value for name, value in _hub_options(hf_kwargs or {}).items() if name != "revision"}
+    state = load_draft(ensure_local(source, "draft head", **options), spec, use_eagle3=use_eagle3, target_rms_eps=eps)
     return build_draft(state), state.notes
 
 
@@ -130,3 +142,9 @@ def build_draft(state: DraftState) -> DraftModel:
         )
     model.load_state_dict(state.tensors, strict=True, assign=True)
     return model.requires_grad_(False)
+
+
+def _hub_options(hf_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What of transformers' keyword arguments concerns fetching a hub id."""
+    names = ("revision", "token", "cache_dir", "local_files_only", "force_download", "trust_remote_code")
+    return {name: hf_kwargs[name] for name in names if name in hf_kwargs}

@@ -9,9 +9,9 @@ from pathlib import Path
 from eagle.errors import InvalidInputError, ModelNotFoundError
 from eagle.model.embedded import ensure_embedded
 from eagle.model.hub import check_model_folder, ensure_local, looks_like_hub_id
-from eagle.model.presets import DEFAULT_MODEL, Preset, find_preset, hint
+from eagle.model.presets import DEFAULT_MODEL, Preset, find_preset, heads_for, hint
 
-__all__ = ["RANDOM_DRAFT", "ModelLocation", "ensure_local", "locate"]
+__all__ = ["RANDOM_DRAFT", "ModelLocation", "ensure_local", "locate", "no_head"]
 
 RANDOM_DRAFT = "random"
 """In place of a head: one made from nothing, right in shape and useless in its guesses."""
@@ -71,6 +71,15 @@ def locate(
         )
     draft = own_draft if draft is None else draft
     return ModelLocation(base, draft, preset, draft_is_untrained=draft == RANDOM_DRAFT, revision=revision)
+
+
+def no_head(base: str) -> ModelNotFoundError:
+    """The error for a target without a head: names the heads known for it."""
+    known = " or ".join(preset.draft for preset in heads_for(base)) or "a folder or a hub id"
+    return ModelNotFoundError(
+        f"no draft head was named for {base}; give {known} as ea_model_path (--draft), or {RANDOM_DRAFT!r} for an "
+        "untrained one"
+    )
 
 
 def _locate_base(name: str) -> tuple[str, str | None]:

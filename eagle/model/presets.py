@@ -76,9 +76,6 @@ eagle3-qwen3-coder-30b-a3b    Qwen/Qwen3-Coder-30B-A3B-Instruct        lmsys/SGL
 eagle3-qwen3-235b-a22b        Qwen/Qwen3-235B-A22B                     lmsys/Qwen3-235B-A22B-EAGLE3
 eagle3-qwen3-235b-a22b-nvidia Qwen/Qwen3-235B-A22B                     nvidia/Qwen3-235B-A22B-Eagle3
 eagle3-olmoe-1b-7b            allenai/OLMoE-1B-7B-0125-Instruct        wantsleep/OLMoE_1B_7B_Eagle3
-eagle3-gpt-oss-20b-redhat     openai/gpt-oss-20b                       RedHatAI/gpt-oss-20b-speculator.eagle3
-eagle3-gpt-oss-120b           openai/gpt-oss-120b                      lmsys/EAGLE3-gpt-oss-120b-bf16
-eagle3-gpt-oss-120b-nvidia    openai/gpt-oss-120b                      nvidia/gpt-oss-120b-Eagle3
 """  # noqa: E501
 
 

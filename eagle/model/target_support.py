@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from eagle.errors import UnsupportedModelError
 
+UNBOUNDED_CONTEXT = 1 << 20
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -56,9 +57,25 @@ def check_attention_call(model: PreTrainedModel, config: PretrainedConfig, calls
 
 def decoder_layers(model: PreTrainedModel, count: int) -> nn.ModuleList:
     """The list of the model's decoder layers."""
-    for _, module in model.named_modules():
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    for module in (decoder if isinstance(decoder, nn.Module) else model).modules():
         if isinstance(module, nn.ModuleList) and len(module) == count and count > 0:
             return module
     raise UnsupportedModelError(
         f"{type(model).__name__} has no list of {count} decoder layers (num_hidden_layers); features can't be tapped"
     )
+
+
+def context_length(config: PretrainedConfig) -> int:
+    """Positions the model may use.
+
+    RoPE of type longrope changes all frequencies once a sequence grows beyond the original maximum, which a tree's
+    deeper nodes would cross before its shallower ones: such a model is used up to that maximum.
+    """
+    limit = getattr(config, "max_position_embeddings", None) or UNBOUNDED_CONTEXT
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for part in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if part.get("rope_type", part.get("type")) == "longrope":
+            original = part.get("original_max_position_embeddings")
+            limit = min(limit, original or getattr(config, "original_max_position_embeddings", None) or limit)
+    return limit

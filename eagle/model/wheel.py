@@ -34,7 +34,9 @@ def download(requirement: str, folder: Path, on_bytes: Callable[[int], None] = l
     if code == 0:
         return
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    last = lines[-1] if lines else f"exit code {code}, no output"
+    # pip ends with "no matching distribution" also where it could not connect; what it tried says more.
+    failures = [line for line in lines if "connection" in line.lower() or "resolve" in line.lower()]
+    last = (failures or lines or [f"exit code {code}, no output"])[-1]
     if "No space left on device" in output:
         free = shutil.disk_usage(folder).free
         raise OutOfMemoryError(
