@@ -9,6 +9,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Kernels then run in Triton's interpreter; it is chosen when triton is first imported, which `tiny` does.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tiny import seeded
 
 torch.set_num_threads(max(1, min(2, torch.get_num_threads())))
