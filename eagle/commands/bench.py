@@ -11,7 +11,7 @@ import typer
 from eagle.commands.console import device_name, note, open_model
 from eagle.commands.options import (
     MODEL_DEFAULT,
-    TREE_DEFAULT,
+    PAPER_TREE,
     DraftOption,
     Dtype,
     DtypeOption,
@@ -47,7 +47,7 @@ def accept(
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Only the first N prompts.")] = None,
     max_new_tokens: NewTokensOption = 256,
-    tree: TreeOption = TREE_DEFAULT,
+    tree: TreeOption = PAPER_TREE,
     kernels: KernelsOption = Kernels.auto,
     dtype: DtypeOption = Dtype.auto,
     batch: Annotated[
