@@ -1,0 +1,281 @@
+"""The small-M linear: ``y = x @ w.T`` for the few rows of a draft tree, with what surrounds it in a decoder fused.
+
+Contract
+- x is [..., K], float16, bfloat16 or float32, the last dimension contiguous; its leading dimensions flatten to M rows.
+  The weight is [N, K], K contiguous and rows at any stride, of x's dtype, or int8 / float8_e4m3fn with ``scale`` [N]
+  float32 (`quantize_weight`). Sums are float32; float32 dots are IEEE, not TF32.
+- Rounding is that of the separate ops: (sum · scale + bias) rounded to the dtype of x; then the residual is added, or
+  SwiGLU applied, with their own roundings. A norm before the product rounds as `rms_norm` does (its sum of
+  squares runs in another order).
+- Batch-invariant: the tile has 64 rows whatever M is, and tile, split of K and order of sums follow from N, K, dtypes
+  and device alone. A row's result depends on no other row, nor on how many there are, for any M.
+- Made for M ≤ 64, where the weight is read once. More rows run as further tiles of 64, right but slower than the
+  library: leave prompts to it.
+- K is split where N alone leaves multiprocessors idle: partial sums go to a float32 workspace [split_k, M, N] and a
+  second launch adds them in order. There are no atomics.
+- Shapes and allocations follow from the arguments' shapes; nothing is read on the host: safe under graph capture.
+- The norm before the product (``norm_weight``) is worth its while for short rows (K up to about 1,024): each program
+  reads all of x once more. For longer ones use `linear_add_rms_norm` on the product before.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from eagle.model.triton_kernels import norm
+from eagle.model.triton_kernels.linear_config import BLOCK_M, LinearConfig, choose, device_traits
+from eagle.model.triton_kernels.linear_kernels import add_norm_kernel, product_kernel, reduce_kernel
+from eagle.model.triton_kernels.quantize import LARGEST
+from eagle.model.triton_kernels.rows import as_rows, check_float, check_like, check_vector
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 0.0,
+    *,
+    config: LinearConfig | None = None,
+) -> torch.Tensor:
+    """``x @ weight.T + bias``, then ``+ residual``; with ``norm_weight`` of ``rms_norm(x, norm_weight, eps)``.
+
+    x: [..., K]; weight: [N, K]; bias, scale: [N]; residual: [..., N]; norm_weight: [K]. Returns [..., N]. ``config``
+    overrides the choice by size. Raises ValueError for what the module's contract excludes.
+    """
+    config, n = _config(x, weight, config), weight.shape[0]
+    if residual is not None:
+        check_like(residual, "residual", x, (*x.shape[:-1], n), x.dtype)
+    out = x.new_empty((*x.shape[:-1], n))
+    _run(x, weight, bias, scale, residual, norm_weight, eps, config, out, swiglu=False)
+    return out
+
+
+def gate_up_swiglu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 0.0,
+    *,
+    config: LinearConfig | None = None,
+) -> torch.Tensor:
+    """``silu(x @ gate.T) · (x @ up.T)``, for weight [2 I, K] from `pack_gate_up`; bias and scale, [2 I], packed alike.
+
+    x: [..., K]. Returns [..., I]. The rest is as in `linear`.
+    """
+    config = _config(x, weight, config)
+    if weight.shape[0] % 2:
+        raise ValueError(f"weight is {tuple(weight.shape)}; expected [2 I, K], rows of gate and up in turn")
+    out = x.new_empty((*x.shape[:-1], weight.shape[0] // 2))
+    _run(x, weight, bias, scale, None, norm_weight, eps, config, out, swiglu=True)
+    return out
+
+
+def linear_add_rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+    bias: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    *,
+    config: LinearConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(rms_norm(total, norm_weight, eps), total)`` with ``total = linear(x, weight, bias) + residual``.
+
+    The norm *after* the product; it rides in the pass that adds the partial sums. x: [..., K]; weight: [N, K];
+    residual: [..., N]; norm_weight: [N], of x's dtype. Returns two [..., N]. Raises ValueError as `linear` does.
+    """
+    config, n = _config(x, weight, config), weight.shape[0]
+    check_like(residual, "residual", x, (*x.shape[:-1], n), x.dtype)
+    check_vector(norm_weight, "norm_weight", x, n, x.dtype)
+    if config.split_k == 1:
+        total = linear(x, weight, bias, scale=scale, residual=residual, config=config)
+        return norm.rms_norm(total, norm_weight, eps), total
+    total, out = x.new_empty(residual.shape), x.new_empty(residual.shape)
+    partial = _run(x, weight, bias, scale, None, None, 0.0, config, total, swiglu=False, reduce=False)
+    if partial is not None:
+        rows, shape = as_rows(residual, "residual"), norm.norm_config(n)
+        with torch.cuda.device_of(x):
+            add_norm_kernel[(rows.shape[0],)](
+                partial,
+                scale,
+                bias,
+                rows,
+                norm_weight,
+                total,
+                out,
+                rows.shape[0],
+                n,
+                rows.stride(0),
+                eps,
+                SPLIT_K=config.split_k,
+                BLOCK=shape.block,
+                num_warps=min(16, 2 * shape.num_warps),
+            )
+    return out, total
+
+
+def _config(x: torch.Tensor, weight: torch.Tensor, config: LinearConfig | None) -> LinearConfig:
+    if weight.dim() != 2 or x.dim() == 0 or weight.shape[1] != x.shape[-1] or 0 in weight.shape:
+        raise ValueError(f"x is {tuple(x.shape)} and weight {tuple(weight.shape)}; expected [..., K] and [N, K]")
+    return config or choose(weight.shape[0], weight.shape[1], x.dtype, weight.dtype, device_traits(x.device))
+
+
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    config: LinearConfig,
+) -> None:
+    check_float(x, "x")
+    n, k = weight.shape
+    needed = (9, 0) if config.tma else (8, 9) if weight.dtype == torch.float8_e4m3fn else (0, 0)
+    if x.is_cuda and device_traits(x.device).capability < needed:
+        what = "tma=True" if config.tma else f"weight {tuple(weight.shape)} {weight.dtype}"
+        raise ValueError(f"{what} on {device_traits(x.device).name}; expected compute capability {needed} or higher")
+    if weight.device != x.device or (weight.dtype != x.dtype and weight.dtype not in LARGEST):
+        found = f"{tuple(weight.shape)} {weight.dtype} on {weight.device}"
+        raise ValueError(f"weight is {found}; expected {x.dtype}, int8 or float8_e4m3fn on {x.device}")
+    if weight.stride(1) != 1 and k != 1:
+        raise ValueError(f"weight {tuple(weight.shape)} has strides {weight.stride()}; expected a contiguous K")
+    if (scale is None) == (weight.dtype in LARGEST):
+        wanted = "no scale" if scale is not None else f"scale [{n}] float32"
+        raise ValueError(f"weight is {tuple(weight.shape)} {weight.dtype}; expected {wanted} with it")
+    if scale is not None:
+        check_vector(scale, "scale", x, n, torch.float32)
+    if bias is not None:
+        check_vector(bias, "bias", x, n, x.dtype)
+    if norm_weight is not None:
+        check_vector(norm_weight, "norm_weight", x, k, x.dtype)
+
+
+def _descriptor(weight: torch.Tensor, config: LinearConfig) -> TensorDescriptor:
+    if weight.data_ptr() % 16 or weight.stride(0) * weight.element_size() % 16:
+        found = f"{tuple(weight.shape)} {weight.dtype} with row stride {weight.stride(0)}"
+        raise ValueError(f"weight is {found}; expected 16-byte alignment of start and rows for tma=True")
+    return TensorDescriptor(weight, list(weight.shape), list(weight.stride()), [config.block_n, config.block_k])
+
+
+def _run(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    eps: float,
+    config: LinearConfig,
+    out: torch.Tensor,
+    *,
+    swiglu: bool,
+    reduce: bool = True,
+) -> torch.Tensor | None:
+    """Launch the product and, where K is split, the pass that adds its parts into ``out`` unless ``reduce`` is off.
+
+    Returns the workspace of the parts, or None where there is none.
+    """
+    _check(x, weight, bias, scale, norm_weight, config)
+    rows = as_rows(x, "x")
+    (m, k), n, split_k = rows.shape, weight.shape[0], config.split_k
+    if m == 0:
+        return None
+    added = as_rows(residual, "residual") if residual is not None else None
+    added_stride = added.stride(0) if added is not None else 0
+    partial = x.new_empty((split_k, m, n), dtype=torch.float32) if split_k > 1 else None
+    grid = (triton.cdiv(m, BLOCK_M), triton.cdiv(n, config.block_n), split_k)
+    with torch.cuda.device_of(x):
+        product_kernel[grid](
+            rows,
+            _descriptor(weight, config) if config.tma else weight,
+            scale,
+            bias,
+            added,
+            norm_weight,
+            out,
+            partial,
+            m,
+            n,
+            k,
+            rows.stride(0),
+            weight.stride(0),
+            added_stride,
+            eps,
+            BLOCK_M=BLOCK_M,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            SPLIT_K=split_k,
+            EVEN_K=k % config.block_k == 0,
+            SWAP=config.swap,
+            TMA=config.tma,
+            SWIGLU=swiglu,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+        if partial is not None and reduce:
+            # 8 × 128 sums a program: enough programs for one tile of rows, whole lines of every part
+            reduce_kernel[(triton.cdiv(m, 8), triton.cdiv(n, 128))](
+                partial,
+                scale,
+                bias,
+                added,
+                out,
+                m,
+                n,
+                added_stride,
+                SPLIT_K=split_k,
+                BLOCK_M=8,
+                BLOCK_N=128,
+                SWIGLU=swiglu,
+                num_warps=4,
+            )
+    return partial
+
+
+_linear_op = torch.library.custom_op(
+    "eagle::linear",
+    linear,
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias=None, Tensor? scale=None, Tensor? residual=None, "
+    "Tensor? norm_weight=None, float eps=0.0) -> Tensor",
+)
+_gate_up_swiglu_op = torch.library.custom_op(
+    "eagle::gate_up_swiglu",
+    gate_up_swiglu,
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias=None, Tensor? scale=None, Tensor? norm_weight=None, "
+    "float eps=0.0) -> Tensor",
+)
+_linear_add_rms_norm_op = torch.library.custom_op(
+    "eagle::linear_add_rms_norm",
+    linear_add_rms_norm,
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor residual, Tensor norm_weight, float eps, Tensor? bias=None, "
+    "Tensor? scale=None) -> (Tensor, Tensor)",
+)
+
+
+@_linear_op.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor, *rest: object, **named: object) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@_gate_up_swiglu_op.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor, *rest: object, **named: object) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0] // 2))
+
+
+@_linear_add_rms_norm_op.register_fake
+def _(
+    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, *rest: object, **named: object
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(residual.shape), x.new_empty(residual.shape)

@@ -1,0 +1,164 @@
+"""Log-probabilities and ids of the k best logits of each row, in one pass over the logits.
+
+Contract. logits are [R, V] float16, bfloat16 or float32 with a contiguous last dimension, V ≤ 2³¹ - 2 (made for up to
+262,144), k ≤ 64. Largest first; of equal logits the lower id comes first. A logit of -inf has log-probability -inf, also
+in a row of nothing else; the ids are in range whatever the row holds.
+
+Two launches: programs over (row, chunk of the vocabulary) leave each chunk's k best keys, maximum and sum of
+exponentials; one program a row merges them. Chunks depend on V alone, so a row's result depends on no other row. Nothing
+is read on the host and every size comes from the arguments' shapes: safe under CUDA-graph capture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from eagle.model.triton_kernels.order import EMPTY, best_keys, key_ids, key_values, make_keys
+from eagle.model.triton_kernels.rows import as_rows, check_float
+
+MAX_K = 64
+
+
+@triton.jit
+def _chunk_kernel(
+    logits,  # [R, V]
+    keys,  # [R, chunks, K] int64
+    tops,  # [R, chunks] float32
+    sums,  # [R, chunks] float32, of exp(logit - top)
+    vocab,
+    chunks,
+    stride,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
+    ids = chunk * CHUNK + tl.arange(0, CHUNK)
+    inside = ids < vocab
+    x = tl.load(logits + row * stride + ids, mask=inside, other=float("-inf")).to(tl.float32)
+    place = row * chunks + chunk
+    top = tl.max(x, 0)
+    shifted = tl.where(x == float("-inf"), float("-inf"), x - top)  # never -inf - -inf
+    tl.store(tops + place, top)
+    tl.store(sums + place, tl.sum(tl.exp(shifted), 0))
+    best = best_keys(tl.where(inside, make_keys(x, ids), EMPTY), K, BLOCK_K)
+    slots = tl.arange(0, BLOCK_K)
+    tl.store(keys + place * K + slots, best, mask=slots < K)
+
+
+@triton.jit
+def _merge_kernel(
+    keys,  # [R, chunks, K] int64
+    tops,  # [R, chunks] float32
+    sums,  # [R, chunks] float32
+    values,  # [R, K] float32
+    ids,  # [R, K] int64
+    chunks,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK_C)
+    chunk_top = tl.load(tops + row * chunks + c, mask=c < chunks, other=float("-inf"))
+    chunk_sum = tl.load(sums + row * chunks + c, mask=c < chunks, other=0.0)
+    top = tl.max(chunk_top, 0)
+    shifted = tl.where(chunk_top == float("-inf"), float("-inf"), chunk_top - top)
+    log_sum = top + tl.log(tl.sum(chunk_sum * tl.exp(shifted), 0))
+    at = tl.arange(0, BLOCK)
+    row_keys = tl.load(keys + row * chunks * K + at, mask=at < chunks * K, other=EMPTY)
+    best = best_keys(row_keys, K, BLOCK_K)
+    value = key_values(best)
+    slots = tl.arange(0, BLOCK_K)
+    value = tl.where(value == float("-inf"), value, value - log_sum)
+    tl.store(values + row * K + slots, value, mask=slots < K)
+    tl.store(ids + row * K + slots, key_ids(best).to(tl.int64), mask=slots < K)
+
+
+@dataclass(frozen=True)
+class TopKConfig:
+    """Launch configuration. ``chunk``: vocabulary a program holds in registers."""
+
+    chunk: int
+    num_warps: int
+    merge_warps: int
+
+
+def topk_config(vocab: int, k: int) -> TopKConfig:
+    """By the vocabulary and k alone, so that a row is always reduced in one order."""
+    # 4096 int64 keys are 32 a thread at 4 warps: 64 registers; a 128k row gives 32 programs, so ten rows give every
+    # SM of an H100 two
+    chunk = min(4096, max(64, triton.next_power_of_2(vocab)))
+    merged = triton.cdiv(vocab, chunk) * k
+    return TopKConfig(chunk, 4 if chunk >= 2048 else 1, 4 if merged > 512 else 1)
+
+
+def topk_log_softmax(
+    logits: torch.Tensor, k: int, *, config: TopKConfig | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest log-probabilities of each row, largest first, and their ids.
+
+    logits: [R, V]; returns values [R, k] float32 and ids [R, k] int64. Raises ValueError for a dtype, device, stride
+    or size outside the module's contract.
+    """
+    check_float(logits, "logits")
+    if logits.dim() != 2:
+        raise ValueError(f"logits is {tuple(logits.shape)}; expected [R, V]")
+    x = as_rows(logits, "logits")
+    rows, vocab = x.shape
+    if not 1 <= k <= min(MAX_K, vocab):
+        raise ValueError(f"k is {k} for logits {tuple(logits.shape)}; expected 1 to {min(MAX_K, vocab)}")
+    config = config or topk_config(vocab, k)
+    chunks, block_k = triton.cdiv(vocab, config.chunk), triton.next_power_of_2(k)
+    values = x.new_empty((rows, k), dtype=torch.float32)
+    ids = x.new_empty((rows, k), dtype=torch.int64)
+    keys = x.new_empty((rows, chunks, k), dtype=torch.int64)
+    tops, sums = x.new_empty((2, rows, chunks), dtype=torch.float32)
+    if rows == 0:
+        return values, ids
+    with torch.cuda.device_of(x):
+        _chunk_kernel[(rows, chunks)](
+            x,
+            keys,
+            tops,
+            sums,
+            vocab,
+            chunks,
+            x.stride(0),
+            K=k,
+            BLOCK_K=block_k,
+            CHUNK=config.chunk,
+            num_warps=config.num_warps,
+        )
+        _merge_kernel[(rows,)](
+            keys,
+            tops,
+            sums,
+            values,
+            ids,
+            chunks,
+            K=k,
+            BLOCK_K=block_k,
+            BLOCK_C=triton.next_power_of_2(chunks),
+            BLOCK=triton.next_power_of_2(chunks * k),
+            num_warps=config.merge_warps,
+        )
+    return values, ids
+
+
+@torch.library.custom_op("eagle::topk_log_softmax", mutates_args=())
+def topk_log_softmax_op(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`topk_log_softmax` as a registered operator."""
+    return topk_log_softmax(logits, k)
+
+
+@topk_log_softmax_op.register_fake
+def _(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (logits.shape[0], k)
+    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int64)
