@@ -72,7 +72,6 @@ def test_models_lists_every_name(capsys):
         (["generate", "--foo", "hi"], ["--foo", "generate --help"]),
         (["generate", "--top-k", "many", "hi"], ["--top-k", "valid int"]),
         (["generate", "--kernels", "fast", "hi"], ["fast", "triton"]),
-        (["generate", "--kernels", "triton", "hi"], ["no Triton kernels"]),
         (["generate", ""], ["empty"]),
         (["generate", " \n"], ["empty"]),
         (["generate", "\udcff"], ["UTF-8"]),
@@ -133,10 +132,30 @@ def test_model_without_tokenizer(capsys, tmp_path):
 
 
 def test_kernels_come_from_the_environment(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "TRITON_INTERPRET=1" in fails(capsys, "generate", "--kernels", "triton", "hi")
     monkeypatch.setenv("EAGLE_KERNELS", "triton")
     assert "EAGLE_KERNELS" in fails(capsys, "generate", "hi")
+    assert cli.main(["doctor"]) == 1
+    assert "unset EAGLE_KERNELS" in capsys.readouterr().out
     monkeypatch.setenv("EAGLE_KERNELS", "wrong")
     assert "wrong" in fails(capsys, "generate", "hi")
+
+
+def test_kernels_of_single_ops_come_from_the_environment(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("EAGLE_KERNELS_LINEAR", "triton")
+    assert "EAGLE_KERNELS_LINEAR" in fails(capsys, "generate", "hi")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert cli.main(["doctor", "--json"]) == 0
+    ops = json.loads(capsys.readouterr().out)["ops"]
+    assert ops["linear"]["implementation"].startswith("triton")
+    assert "as asked for this op" in ops["linear"]["why"]
+    assert ops["rms_norm"]["implementation"] == "torch"
+    monkeypatch.setenv("EAGLE_KERNELS_LINAER", "torch")
+    assert "linaer" in fails(capsys, "generate", "hi")
 
 
 def _raising(error: BaseException):

@@ -42,13 +42,14 @@ def tiny_models(monkeypatch, tmp_path):
     monkeypatch.setattr(EaModel, "from_pretrained", classmethod(from_pretrained))
 
 
-@pytest.mark.parametrize("snippet", blocks("python"), ids=["ten-lines", "own-pair"])
+@pytest.mark.parametrize("snippet", blocks("python"), ids=["ten-lines", "own-pair", "kernels"])
 def test_snippets_run(tiny_models, snippet, capsys):
     names: dict = {}
     exec(compile(snippet, "README.md", "exec"), names)
     assert isinstance(names["model"], EaModel)
-    if "print" in snippet:
-        assert "accept length" in capsys.readouterr().out
+    for code, shown in (("accept_length", "accept length"), ("kernel_report", "evaluate_posterior: torch")):
+        if code in snippet:
+            assert shown in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("line", eagle_lines())

@@ -56,12 +56,15 @@ def open_model(
     from rich.console import Console
 
     from eagle.model.ea_model import EaModel
+    from eagle.model.triton_kernels import optimize_eagle_with_triton
 
     options = {} if dtype is Dtype.auto else {"dtype": dtype.value}
     with Console(stderr=True).status(f"Loading {model}"):
         loaded = EaModel.from_pretrained(
             model, ea_model_path=draft, total_token=total_token, depth=depth, top_k=top_k, **options
         )
+    # auto stays on PyTorch until the kernels have been run and measured on a GPU.
+    optimize_eagle_with_triton(loaded, kernels=Kernels.torch.value if kernels is Kernels.auto else kernels.value)
     if loaded.get_tokenizer() is None:
         raise InvalidInputError(f"the model {location.base} has no tokenizer; add tokenizer.json and its config to it")
     return loaded, draft_lines(loaded, location)

@@ -15,7 +15,9 @@ import typer
 
 from eagle import __version__
 from eagle.commands.options import MODEL_DEFAULT, JsonOption
+from eagle.errors import InvalidInputError
 
+VARIABLES = "EAGLE_KERNELS and EAGLE_KERNELS_<OP>"
 LEAST = {"torch": (2, 11), "transformers": (5, 17), "triton": (3, 6)}
 
 
@@ -48,29 +50,46 @@ def diagnose() -> dict[str, Any]:
     cache = cache_report()
     if not cache["default_model_present"]:
         problems.append(problem(f"{MODEL_DEFAULT} is not in the cache yet", "run 'eagle fetch' (once, with a network)"))
-    can_run = not any(entry["fatal"] for entry in problems)
+    ops = {}
+    if not any(entry["fatal"] for entry in problems):
+        try:
+            ops = op_report()
+        except InvalidInputError as error:
+            problems.append(problem(str(error), f"unset {VARIABLES}, or set them to auto", fatal=True))
     return {
-        "can_run": can_run,
+        "can_run": not any(entry["fatal"] for entry in problems),
         "versions": versions,
         "platform": platform.platform(),
         "gpus": devices["gpus"],
         "cache": cache,
-        "ops": op_report() if can_run else {},
+        "ops": ops,
         "problems": problems,
     }
 
 
 def op_report() -> dict[str, dict[str, str]]:
-    """Which implementation serves each op of the table, and why."""
-    from dataclasses import fields
+    """What `optimize_eagle_with_triton` would have serve each op here, by itself or as the environment asks, and why.
 
-    from eagle.model.ops import Ops
-    from eagle.model.torch_ops import TORCH_OPS
+    In bfloat16 on a GPU and float32 elsewhere. Where several serve an op, each stands with its calls. Raises
+    InvalidInputError where the environment asks for what there is not.
+    """
+    import torch
 
-    why = "this version has no Triton kernels"
+    from eagle.model.triton_kernels.hardware import default_hardware
+    from eagle.model.triton_kernels.selection import OPS, Plan, from_environment
+
+    hardware, (request, overrides) = default_hardware(), from_environment()
+    dtype = torch.bfloat16 if hardware.kind == "cuda" else torch.float32
+    plan = Plan(hardware, dtype, request, overrides)
+    choices = {op: plan.choices(op, {}) for op in OPS}
     return {
-        op.name: {"implementation": f"torch ({getattr(TORCH_OPS, op.name).__module__})", "why": why}
-        for op in fields(Ops)
+        op: {
+            "implementation": ", ".join(
+                f"{c.implementation} ({c.when})" if c.when else c.implementation for c in found
+            ),
+            "why": "; ".join(dict.fromkeys(c.reason for c in found)),
+        }
+        for op, found in choices.items()
     }
 
 

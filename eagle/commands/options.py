@@ -79,11 +79,17 @@ def parse_tree(text: str) -> tuple[int, int, int]:
 
 
 def check_kernels(kernels: Kernels) -> None:
-    """Refuse kernels that this version does not have. Raises InvalidInputError."""
-    if kernels is Kernels.triton:
-        raise InvalidInputError(
-            "--kernels (or EAGLE_KERNELS) is triton, but this version has no Triton kernels yet; use auto or torch"
-        )
+    """Refuse triton where no kernel can run, and variables EAGLE_KERNELS_<OP> that mean nothing. Raises
+    InvalidInputError."""
+    from eagle.model.triton_kernels.hardware import default_hardware
+    from eagle.model.triton_kernels.selection import OPS, choose, from_environment
+
+    _, overrides = from_environment()
+    if kernels is Kernels.triton or "triton" in overrides.values():
+        import torch
+
+        for op in OPS:
+            choose(op, torch.float32, {}, default_hardware(), kernels.value, overrides)
 
 
 def check_flags(tree: str, kernels: Kernels, max_new_tokens: int) -> None:

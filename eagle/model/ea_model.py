@@ -21,6 +21,8 @@ from eagle.model.locate import locate, no_head
 from eagle.model.ops import Ops, Sampling
 from eagle.model.target import Target
 from eagle.model.torch_ops import TORCH_OPS
+from eagle.model.triton_kernels.dispatch import report
+from eagle.model.triton_kernels.selection import Choice, Plan
 
 DEFAULT_NEW_TOKENS = 512
 
@@ -47,12 +49,12 @@ class EaModel:
             raise InvalidInputError(f"threshold is {threshold}; expected a number above 0 and at most 1")
         self.base_model = base_model.eval()
         self.tokenizer = tokenizer
-        self.ops = ops
         self.target = Target(base_model, ops, draft.config.aux_layers)
         self.ea_layer = draft.eval()
         self.ea_layer.attach(self.target)
         self.threshold = threshold
         self.draft_notes: list[str] = []
+        self.kernel_plan: Plan | None = None
         self.last_stats: GenerationStats | None = None
         self._session = Session(self.target, self.ea_layer)
         self.set_tree(2 if total_token == -1 else total_token, depth, top_k)
@@ -115,6 +117,29 @@ class EaModel:
     @property
     def device(self) -> torch.device:
         return self.target.device
+
+    @property
+    def ops(self) -> Ops:
+        """The table of functions that serves target and draft. Set it between generations."""
+        return self.target.ops
+
+    @ops.setter
+    def ops(self, ops: Ops) -> None:
+        self.target.ops = ops
+
+    def kernel_report(self) -> list[Choice]:
+        """Which implementation serves each op with the present tree, and why. ``str`` of an entry is a line of text."""
+        draft, tree = self.ea_layer.config, self.tree_shape
+        layers = [*self.target.layer_shapes, *self.ea_layer.layer_shapes]
+        sizes = {
+            "head_size": max(max(layer.k_size, layer.v_size) for layer in layers),
+            "width": max(draft.hidden_size, draft.feature_size),
+            "top_k": tree.top_k,
+            "candidates": tree.candidates,
+            "nodes": tree.total_token,
+            "path": tree.path,
+        }
+        return report(self.ops, self.kernel_plan, sizes)
 
     def set_tree(self, total_token: int, depth: int, top_k: int) -> None:
         """Change the draft tree's shape for later calls. Raises InvalidInputError for one that can't be built."""

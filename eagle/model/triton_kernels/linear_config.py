@@ -12,6 +12,8 @@ from functools import cache
 
 import torch
 
+from eagle.model.triton_kernels.tuned_table import tuned_linears
+
 BLOCK_M = 64
 """Rows a tile, always: what one Hopper wgmma takes, and as many as a draft tree of 60 nodes needs."""
 
@@ -55,7 +57,7 @@ class LinearConfig:
 INTERPRETER = DeviceTraits("cpu", (0, 0), 1, 1 << 18)
 
 TUNED: dict[tuple[str, int, int, torch.dtype, torch.dtype], LinearConfig] = {}
-"""Measured choices by (device name, N, K, dtype of x, dtype of the weight); `choose` asks here first."""
+"""Choices by (device name, N, K, dtype of x, dtype of the weight) that go before the measured tables of `tuned_table`."""
 
 
 @cache
@@ -73,6 +75,8 @@ def device_traits(device: torch.device) -> DeviceTraits:
 def choose(n: int, k: int, dtype: torch.dtype, weight_dtype: torch.dtype, device: DeviceTraits) -> LinearConfig:
     """The configuration for x [M, K] of ``dtype`` and a weight [N, K] of ``weight_dtype``, for every M."""
     tuned = TUNED.get((device.name, n, k, dtype, weight_dtype))
+    if tuned is None and (fields := tuned_linears(device.name).get((n, k, dtype, weight_dtype))) is not None:
+        tuned = LinearConfig(**fields)
     return tuned if tuned is not None else _rule(n, k, dtype, weight_dtype, device)
 
 

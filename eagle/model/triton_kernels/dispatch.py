@@ -1,0 +1,158 @@
+"""The ops table that a plan leads to: kernels where they serve, with the PyTorch op for the calls they do not take.
+
+Which of the two serves a call follows from shapes alone, so nothing is read on the host and a captured call always
+takes the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from eagle.model.ops import Ops
+from eagle.model.torch_ops import TORCH_OPS
+from eagle.model.triton_kernels.selection import OPS, Bound, Choice, Plan, bounds
+
+MODULES = {
+    "attention": "attention",
+    "kv_append": "kv_cache",
+    "kv_retrieve": "kv_cache",
+    "kv_compact": "kv_cache",
+    "rope_append": "rope",
+    "topk_log_softmax": "topk",
+    "grow_tree": "tree_decoding",
+    "finish_tree": "tree_decoding",
+    "evaluate_posterior": "posterior",
+    "update_inputs": "update_inputs",
+    "rms_norm": "norm",
+    "add_rms_norm": "norm",
+    "swiglu": "mlp",
+    "linear": "linear",
+}
+"""The module of this package that holds each op's kernel, under the op's name."""
+
+UNGUARDED = ("attention", "kv_append", "kv_retrieve", "kv_compact", "rope_append")
+"""Ops whose launchers launch on the current device, whichever their tensors are on."""
+
+
+def _attention(q, k_cache, v_cache, kv_len, tree_words=None, **_):
+    causal_rows = q.shape[1] if tree_words is None else 0
+    return {"head_size": max(q.shape[-1], v_cache.shape[-1]), "causal_rows": causal_rows}
+
+
+def _kv_compact(k, v, nodes, *_, **__):
+    return {"path": nodes.shape[1]}
+
+
+def _topk_log_softmax(logits, k):
+    return {"top_k": k}
+
+
+def _grow_tree(candidates, *_, **__):
+    return {"top_k": candidates.frontier_index.shape[2], "candidates": candidates.scores.shape[1]}
+
+
+def _finish_tree(candidates, root, total_token):
+    return {"nodes": total_token, "candidates": candidates.scores.shape[1]}
+
+
+def _evaluate_posterior(logits, *_, **__):
+    return {"nodes": logits.shape[1]}
+
+
+def _update_inputs(state, accepted, *_, **__):
+    return {"path": accepted.nodes.shape[1]}
+
+
+def _norm(x, *_, **__):
+    return {"width": x.shape[-1]}
+
+
+def _linear(x, weight, bias=None):
+    return {"rows": x.numel() // weight.shape[1]}
+
+
+SIZES: dict[str, Callable[..., dict[str, int]]] = {
+    "attention": _attention,
+    "kv_compact": _kv_compact,
+    "topk_log_softmax": _topk_log_softmax,
+    "grow_tree": _grow_tree,
+    "finish_tree": _finish_tree,
+    "evaluate_posterior": _evaluate_posterior,
+    "update_inputs": _update_inputs,
+    "rms_norm": _norm,
+    "add_rms_norm": _norm,
+    "linear": _linear,
+}
+"""The sizes of a call that a bound may name. Ops without an entry have no bounds."""
+
+
+@dataclass(eq=False)
+class Served:
+    """An op as a kernel and the PyTorch op serve it between them."""
+
+    op: str
+    kernel: Callable[..., Any]
+    plain: Callable[..., Any]
+    bounds: tuple[Bound, ...]
+    plan: Plan
+    before: Callable[..., Any] | None = None  # what served when this was put in
+    undone: bool = False  # whether it has been taken out since
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.bounds:
+            sizes = SIZES[self.op](*args, **kwargs)
+            for bound in self.bounds:
+                if sizes[bound.size] > bound.most:
+                    return self.plain(*args, **kwargs)
+        return self.kernel(*args, **kwargs)
+
+
+def kernel(op: str) -> Callable[..., Any]:
+    """The Triton function of an op. Imports triton; raises ImportError where it can't be."""
+    return getattr(import_module(f"eagle.model.triton_kernels.{MODULES[op]}"), op)
+
+
+def choose_ops(plan: Plan, sizes: Mapping[str, int] | None = None) -> tuple[Ops, list[Choice]]:
+    """The table for a plan, and what serves each op in a run of these sizes (see `selection.choose`), and why.
+
+    Kernels are imported only where one serves. Raises InvalidInputError for "triton" where no kernel can run.
+    """
+    served = {}
+    for op in OPS:
+        if plan.choose(op, {}).implementation == "triton":
+            function = kernel(op)
+            if op in UNGUARDED and torch.cuda.device_count() > 1:
+                function = _on_its_device(function)
+            served[op] = Served(op, function, getattr(TORCH_OPS, op), bounds(op, plan.hardware, plan.wanted(op)), plan)
+    return TORCH_OPS.replaced(**served), [choice for op in OPS for choice in plan.choices(op, sizes or {})]
+
+
+def report(ops: Ops, plan: Plan | None, sizes: Mapping[str, int]) -> list[Choice]:
+    """What serves each entry of a table in a run of these sizes, and why. plan: the one in force, if any."""
+    found: list[Choice] = []
+    for op in OPS:
+        function = getattr(ops, op)
+        if isinstance(function, Served):
+            found += function.plan.choices(op, sizes)
+        elif function is not getattr(TORCH_OPS, op):
+            name = getattr(function, "__qualname__", type(function).__qualname__)
+            found.append(Choice(op, "custom", f"given by the caller: {getattr(function, '__module__', '?')}.{name}"))
+        elif plan is not None and plan.choose(op, {}).implementation != "triton":
+            found += plan.choices(op, sizes)
+        else:
+            plain = "sdpa" if op == "attention" else "torch"
+            found.append(Choice(op, plain, "kernels are off; optimize_eagle_with_triton turns them on"))
+    return found
+
+
+def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    def on_its_device(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device_of(first):
+            return function(first, *args, **kwargs)
+
+    return on_its_device

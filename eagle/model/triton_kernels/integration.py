@@ -1,0 +1,103 @@
+"""Kernels on, kernels off: one call each. Target and draft read their ops from one table, which is what is swapped.
+
+Nothing else of the model changes: no module, weight or attention setting of the target, quantised or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from eagle.errors import InvalidInputError
+from eagle.model.ea_model import EaModel
+from eagle.model.ops import Ops
+from eagle.model.triton_kernels.dispatch import Served, choose_ops
+from eagle.model.triton_kernels.hardware import hardware
+from eagle.model.triton_kernels.selection import DTYPES, OPS, Plan, check_names, from_environment
+
+
+def optimize_eagle_with_triton(
+    model: EaModel,
+    *,
+    ops: Ops | None = None,
+    kernels: str | None = None,
+    overrides: Mapping[str, str] | None = None,
+) -> tuple[EaModel, dict[str, Callable[..., Any]]]:
+    """Have Triton kernels serve the ops of target and draft, where they can and should; the next generation uses them.
+
+    kernels: "auto" (what is fastest here; PyTorch where there is no GPU), "triton" or "torch", for all ops; overrides:
+    the same for single ones, by name. What is left out comes from EAGLE_KERNELS and EAGLE_KERNELS_<OP>. ops: a table of
+    your own to serve instead. Returns the model itself and, for each op that changed, the function that served before,
+    for `restore_eagle`. `EaModel.kernel_report` tells what serves now.
+
+    Raises TypeError for something that is no EaModel, and InvalidInputError for a name that does not exist and for
+    "triton" where no kernel can run. The model is then as it was.
+    """
+    _check_model(model, "optimize_eagle_with_triton")
+    if ops is not None and not isinstance(ops, Ops):
+        raise TypeError(f"ops is a {type(ops).__name__}; expected an eagle.model.ops.Ops table, or None")
+    if ops is not None and (kernels is not None or overrides is not None):
+        raise InvalidInputError("ops was given together with kernels or overrides; pass a table or a choice, not both")
+    plan = model.kernel_plan
+    if ops is None:
+        plan = plan_for(model, kernels, overrides)
+        ops, _ = choose_ops(plan)
+    replaced = {}
+    for op in OPS:
+        before, new = getattr(model.ops, op), getattr(ops, op)
+        if new is before:
+            continue
+        replaced[op] = before
+        if isinstance(new, Served):  # an entry of its own: the table may serve another model too
+            ops = ops.replaced(**{op: replace(new, before=before, undone=False)})
+    model.ops, model.kernel_plan = ops, plan
+    return model, replaced
+
+
+def restore_eagle(model: EaModel, original_methods: Mapping[str, Callable[..., Any]]) -> EaModel:
+    """Put back what `optimize_eagle_with_triton` returned. Doing so twice does no harm.
+
+    After several calls of `optimize_eagle_with_triton`, undo the last one first; in another order, what an earlier
+    restore has taken out is not put in again. Raises TypeError for something that is no EaModel or no mapping of
+    functions, and InvalidInputError for an op that does not exist.
+    """
+    _check_model(model, "restore_eagle")
+    if not isinstance(original_methods, Mapping) or not all(map(callable, original_methods.values())):
+        raise TypeError(
+            f"original_methods is a {type(original_methods).__name__}; expected the mapping of op names to functions "
+            "that optimize_eagle_with_triton returned"
+        )
+    check_names("auto", dict.fromkeys(original_methods, "auto"))
+    originals = {op: _still_in(function) for op, function in original_methods.items()}
+    for op, original in originals.items():
+        current = getattr(model.ops, op)
+        while isinstance(current, Served) and current is not original:
+            current.undone, current = True, current.before
+    model.ops = model.ops.replaced(**originals)
+    left = [function.plan for function in (getattr(model.ops, op) for op in OPS) if isinstance(function, Served)]
+    model.kernel_plan = left[0] if left else None
+    return model
+
+
+def plan_for(model: EaModel, kernels: str | None = None, overrides: Mapping[str, str] | None = None) -> Plan:
+    """What is asked for, by arguments and then by the environment, on the devices and in the dtypes of ``model``."""
+    layers = [*model.target.layer_shapes, *model.ea_layer.layer_shapes]
+    dtypes = [layer.dtype for layer in layers]
+    dtype = next((dtype for dtype in dtypes if dtype not in DTYPES), dtypes[0])
+    request, single = from_environment()
+    request = request if kernels is None else kernels
+    single |= overrides or {}
+    check_names(request, single)
+    return Plan(hardware({layer.device for layer in layers} | {model.device}), dtype, request, single)
+
+
+def _check_model(model: Any, caller: str) -> None:
+    if not isinstance(model, EaModel):
+        raise TypeError(f"{caller} takes an EaModel (EaModel.from_pretrained(...)), got a {type(model).__name__}")
+
+
+def _still_in(function: Callable[..., Any]) -> Callable[..., Any]:
+    while isinstance(function, Served) and function.undone:
+        function = function.before
+    return function

@@ -1,0 +1,247 @@
+"""Kernels on and off in a whole model. Without a GPU, in Triton's interpreter, so the models are as small as can be."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+from tiny import tiny_draft, tiny_target
+
+from eagle.errors import InvalidInputError
+from eagle.model.ea_model import EaModel
+from eagle.model.ops import Ops
+from eagle.model.torch_ops import TORCH_OPS
+from eagle.model.triton_kernels import optimize_eagle_with_triton, restore_eagle
+from eagle.model.triton_kernels.selection import OPS
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ON = {"kernels": "triton"}
+
+
+@pytest.fixture(autouse=True)
+def _no_variables(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("EAGLE_KERNELS")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def model() -> EaModel:
+    return small("eagle3")
+
+
+def small(kind: str) -> EaModel:
+    layers = 3 if kind == "eagle3" else 1
+    target = tiny_target(num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1).to(DEVICE)
+    return EaModel(target, tiny_draft(target, kind), total_token=5, depth=1, top_k=3)
+
+
+def functions(ops: Ops) -> list:
+    return [getattr(ops, op) for op in OPS]
+
+
+def same(ops: Ops, others: list) -> bool:
+    return all(one is other for one, other in zip(functions(ops), others, strict=True))
+
+
+def prompt(rows: int = 1) -> torch.Tensor:
+    return torch.randint(17, (rows, 3), device=DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "sampling"),
+    [
+        ("eagle3", 1, {}),
+        ("eagle1", 2, {}),
+        ("eagle1", 1, {"temperature": 0.9, "top_p": 0.9, "seed": 5}),
+    ],
+    ids=["EAGLE-3", "EAGLE-1-B2", "sampled"],
+)
+def test_same_tokens_with_kernels(kind, rows, sampling):
+    model, ids = small(kind), prompt(rows)
+    if rows == 2:
+        sampling |= {"attention_mask": torch.tensor([[1, 1, 1], [0, 1, 1]], device=DEVICE)}
+    before = model.generate(ids, max_new_tokens=4, **sampling)
+    same_model, _ = optimize_eagle_with_triton(model, **ON)
+    assert same_model is model
+    served = dict.fromkeys(OPS, 0)
+    for op in OPS:
+        kernel = getattr(model.ops, op)
+        kernel.kernel = counted(kernel.kernel, op, served)
+    assert torch.equal(model.generate(ids, max_new_tokens=4, **sampling), before)
+    assert {op for op, calls in served.items() if calls == 0} <= {"kv_retrieve", "rms_norm"}
+    if DEVICE == "cpu":
+        assert torch.equal(model.base_model.generate(ids, max_new_tokens=2, do_sample=False)[:, :3], ids)
+
+
+def counted(function, op, calls):
+    def call(*args, **kwargs):
+        calls[op] += 1
+        return function(*args, **kwargs)
+
+    return call
+
+
+def test_restore_gives_back_what_was_there(model):
+    mine = model.ops.replaced(swiglu=lambda gate, up: TORCH_OPS.swiglu(gate, up))
+    model.ops = mine
+    before = functions(mine)
+    modules = [(name, type(module)) for name, module in model.base_model.named_modules()]
+    weights = {name: (weight.data_ptr(), weight._version) for name, weight in model.base_model.named_parameters()}
+    attention = model.base_model.config._attn_implementation
+    _, originals = optimize_eagle_with_triton(model, **ON)
+    assert originals == dict(zip(OPS, before, strict=True))
+    assert not any(one is other for one, other in zip(functions(model.ops), before, strict=True))
+    assert model.target.ops is model.ops
+    model.generate(prompt(), max_new_tokens=2)
+    assert restore_eagle(model, originals) is model
+    assert same(model.ops, before)
+    restore_eagle(model, originals)
+    assert same(model.ops, before)
+    assert model.target.ops is model.ops
+    assert [(name, type(module)) for name, module in model.base_model.named_modules()] == modules
+    after = {name: (weight.data_ptr(), weight._version) for name, weight in model.base_model.named_parameters()}
+    assert after == weights
+    assert model.base_model.config._attn_implementation == attention
+
+
+def test_restore_after_an_exception(model):
+    before = functions(model.ops)
+    _, originals = optimize_eagle_with_triton(model, **ON)
+
+    def broken(*args, **kwargs):
+        raise ValueError("a broken kernel")
+
+    model.ops.rms_norm.kernel = model.ops.topk_log_softmax.kernel = broken
+    ids = prompt()
+    with pytest.raises(ValueError, match="a broken kernel"):
+        model.generate(ids, max_new_tokens=3)
+    restore_eagle(model, originals)
+    assert same(model.ops, before)
+    assert model.generate(ids, max_new_tokens=3).shape == (1, 6)
+
+
+def test_a_failed_switch_changes_nothing(model, monkeypatch):
+    before = functions(model.ops)
+    with pytest.raises(InvalidInputError, match="linaer"):
+        optimize_eagle_with_triton(model, kernels="triton", overrides={"linaer": "torch"})
+    monkeypatch.setattr("eagle.model.triton_kernels.dispatch.kernel", lambda op: {}[op])
+    with pytest.raises(KeyError):
+        optimize_eagle_with_triton(model, **ON)
+    assert same(model.ops, before)
+
+
+@pytest.mark.parametrize("order", ["last first", "first first", "first alone", "last twice"])
+def test_twice(model, order):
+    before = functions(model.ops)
+    _, first = optimize_eagle_with_triton(model, **ON)
+    once = functions(model.ops)
+    _, second = optimize_eagle_with_triton(model, **ON)
+    if order == "last twice":
+        restore_eagle(model, second)
+        restore_eagle(model, second)
+        assert same(model.ops, once)
+        restore_eagle(model, first)
+    elif order == "last first":
+        restore_eagle(model, second)
+        assert same(model.ops, once)
+        restore_eagle(model, first)
+    elif order == "first first":
+        restore_eagle(model, first)
+        restore_eagle(model, second)
+    else:
+        restore_eagle(model, first)
+    assert same(model.ops, before)
+    assert model.kernel_plan is None
+
+
+def test_only_what_changes_is_returned(model):
+    _, originals = optimize_eagle_with_triton(model, kernels="torch", overrides={"swiglu": "triton"})
+    assert originals == {"swiglu": TORCH_OPS.swiglu}
+    _, more = optimize_eagle_with_triton(model, kernels="torch")
+    assert list(more) == ["swiglu"]
+    assert same(model.ops, functions(TORCH_OPS))
+
+
+def test_environment_asks_and_arguments_win(model, monkeypatch):
+    monkeypatch.setenv("EAGLE_KERNELS", "triton")
+    monkeypatch.setenv("EAGLE_KERNELS_LINEAR", "torch")
+    _, originals = optimize_eagle_with_triton(model)
+    assert set(originals) == set(OPS) - {"linear"}
+    restore_eagle(model, originals)
+    assert optimize_eagle_with_triton(model, kernels="torch")[1] == {}
+    _, originals = optimize_eagle_with_triton(model, overrides={"linear": "triton", "swiglu": "torch"})
+    assert set(originals) == set(OPS) - {"swiglu"}
+
+
+def test_a_table_of_ones_own(model):
+    mine = TORCH_OPS.replaced(linear=lambda x, weight, bias=None: TORCH_OPS.linear(x, weight, bias))
+    _, originals = optimize_eagle_with_triton(model, ops=mine)
+    assert originals == {"linear": TORCH_OPS.linear}
+    assert model.ops is mine
+    assert next(c for c in model.kernel_report() if c.op == "linear").implementation == "custom"
+    other = small("eagle1")
+    restore_eagle(other, optimize_eagle_with_triton(other, **ON)[1])
+    _, originals = optimize_eagle_with_triton(other, **ON)
+    optimize_eagle_with_triton(model, ops=other.ops)
+    restore_eagle(other, originals)
+    assert same(other.ops, functions(TORCH_OPS))
+    assert {choice.implementation for choice in model.kernel_report()} == {"triton", "torch"}
+    with pytest.raises(InvalidInputError, match="not both"):
+        optimize_eagle_with_triton(model, ops=mine, kernels="triton")
+    with pytest.raises(TypeError, match="Ops"):
+        optimize_eagle_with_triton(model, ops={"linear": mine.linear})
+
+
+def test_what_is_no_ea_model(model):
+    for other in (model.base_model, None, "SmolLM2-135M"):
+        with pytest.raises(TypeError, match="takes an EaModel"):
+            optimize_eagle_with_triton(other)
+        with pytest.raises(TypeError, match="takes an EaModel"):
+            restore_eagle(other, {})
+    with pytest.raises(TypeError, match="original_methods"):
+        restore_eagle(model, (model, {}))
+    with pytest.raises(InvalidInputError, match="conv"):
+        restore_eagle(model, {"conv": print})
+
+
+def test_without_a_gpu_auto_is_pytorch_and_triton_an_error(model, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if DEVICE == "cuda":
+        pytest.skip("there is a GPU")
+    assert optimize_eagle_with_triton(model)[1] == {}
+    assert all("NVIDIA GPU" in choice.reason for choice in model.kernel_report())
+    with pytest.raises(InvalidInputError, match="use auto or torch"):
+        optimize_eagle_with_triton(model, kernels="triton")
+    with pytest.raises(InvalidInputError, match="expected auto, torch or triton"):
+        optimize_eagle_with_triton(model, kernels="fast")
+
+
+def test_report(model):
+    off = model.kernel_report()
+    assert [choice.op for choice in off] == list(OPS)
+    assert str(off[0]).startswith("attention: sdpa, kernels are off; optimize_eagle_with_triton")
+    _, originals = optimize_eagle_with_triton(model, kernels="triton", overrides={"swiglu": "torch"})
+    lines = [str(choice) for choice in model.kernel_report()]
+    assert "attention: triton, as asked" in lines
+    assert any(line.startswith("swiglu: torch, as asked for this op") for line in lines)
+    assert any(line.startswith("linear (more rows): torch") for line in lines)
+    restore_eagle(model, originals)
+    assert model.kernel_report() == off
+
+
+def test_report_follows_the_tree():
+    target = tiny_target(vocab_size=100).to(DEVICE)
+    wide = EaModel(target, tiny_draft(target), total_token=5, depth=1, top_k=3)
+    optimize_eagle_with_triton(wide, **ON)
+    wide.set_tree(70, 1, 66)
+    found = {choice.op: choice for choice in wide.kernel_report()}
+    assert found["topk_log_softmax"].implementation == found["grow_tree"].implementation == "torch"
+    assert "up to 64" in found["topk_log_softmax"].reason
+    assert found["finish_tree"].implementation == "triton"
