@@ -38,7 +38,7 @@ def test_every_option_has_a_flag(asked, tmp_path, monkeypatch):
         "minutes": None,
         "name": "m-1b",
     }
-    changed |= {"overwrite": False}
+    changed |= {"overwrite": False, "generate_rows": 64}
     for field in fields(TrainOptions):
         if field.name in changed or field.name == "command":
             continue

@@ -62,15 +62,6 @@ def test_setup_env_says_how_to_upgrade(setup_env, monkeypatch, capsys):
     assert setup_env["check_package"]("triton", (3, 6), optional=True) is True
 
 
-def test_detailed_report_is_refused_by_name():
-    done = subprocess.run(
-        [sys.executable, "run_tests.py", "--detailed-report"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "--detailed-report" in done.stderr
-
-
 @pytest.mark.parametrize(
     ("script", "which", "code"),
     [([sys.executable, "run_tests.py"], "test_fail", 1), (["sh", "run_tests.sh"], "test_pass", 0)],
@@ -144,7 +135,7 @@ def test_the_venv_sees_an_outer_torch(run_tests, monkeypatch, tmp_path):
     import torch
 
     assert Path(found.stdout.strip()) == Path(torch.__file__)
-    assert run_tests["missing_in_venv"]() == []
+    assert "torch" not in run_tests["missing_in_venv"]()
 
 
 def test_usage_example_runs(monkeypatch, capsys, tmp_path):

@@ -290,3 +290,8 @@ def test_schedule_and_chain_length():
     assert learning_rate(0.1, 1.0, 0.1) == pytest.approx(1.0)
     assert learning_rate(1.0, 1.0, 0.1) == pytest.approx(0.01)
     assert chain_length([0.5, 0.5]) == pytest.approx(1.75)
+
+
+def test_a_cache_that_does_not_fit_is_refused(inputs, tmp_path):
+    with pytest.raises(TrainingError, match=r"takes \d+\.\d GiB, .* are free: lower --generate-rows"):
+        train(_options(inputs, tmp_path / "head", data=None, generate_rows=50_000_000))

@@ -183,7 +183,7 @@ def print_report(report: dict[str, Any]) -> None:
     print(f"{'cache':<13} {cache['folder']}{' (EAGLE_CACHE)' if cache['from_EAGLE_CACHE'] else ''}")
     print(f"{'default model':<13} {cache['default_model']}, {'there' if cache['default_model_present'] else 'missing'}")
     if report["ops"]:
-        print("\nops")
+        print("\nops, where kernels are asked for")
         for name, entry in report["ops"].items():
             print(f"  {name:<20} {entry['implementation']}: {entry['why']}")
     if report["problems"]:

@@ -54,8 +54,8 @@ class TrainOptions:
     """Conversations kept for measuring."""
     greedy_share: float = 0.75
     """Share of generated answers drawn at temperature 0."""
-    generate_rows: int = 2048
-    """Conversations decoded together."""
+    generate_rows: int | None = None
+    """Conversations decoded together. None: 2048 on a GPU, 16 on a CPU."""
     attention: Literal["auto", "flash", "dense"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     device: str = "auto"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,33 @@ from eagle.train.selfchat import ChatSettings, SelfChat, data_settings, settings
 from eagle.train.target import Target, check_decode
 from eagle.train.template import chat_pieces
 
+GPU_ROWS, CPU_ROWS = 2048, 16
+
 
 def say(text: str) -> None:
     """Print a line, on the first process only."""
     if distributed.first():
         print(text, flush=True)
+
+
+def check_cache_fits(target: Target, rows: int, slots: int) -> None:
+    """Refuse a batch of conversations whose cache is larger than the memory that is free.
+
+    Raises:
+        TrainingError: with both sizes.
+    """
+    need = target.cache_bytes(rows, slots)
+    if target.device.type == "cuda":
+        free = torch.cuda.mem_get_info(target.device)[0]
+    elif hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return
+    if need > free:
+        raise TrainingError(
+            f"the cache of {rows} conversations of {slots} tokens takes {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB "
+            "are free: lower --generate-rows or --max-length"
+        )
 
 
 def load_target(options: TrainOptions) -> tuple[Target, Any]:
@@ -140,9 +163,11 @@ def prepare_data(
     if complete_mark.is_file() and json.loads(complete_mark.read_text()) >= options.tokens:
         say(f"data: those in {folder}")
         return True
+    rows = options.generate_rows or (GPU_ROWS if target.device.type == "cuda" else CPU_ROWS)
+    check_cache_fits(target, rows, options.max_length)
     training_backend, target.backend = target.backend, backend
     sampler = Sampler(
-        target, rows=options.generate_rows, slots=options.max_length, stop=pieces.stop,
+        target, rows=rows, slots=options.max_length, stop=pieces.stop,
         capture=target.device.type == "cuda",
     )  # fmt: skip
     goal = options.tokens // distributed.world()

@@ -7,6 +7,7 @@ transformers are not used, so nothing is read on the host and a decode step can 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -206,11 +207,18 @@ class Target:
         self._taps.clear()
         return features, hidden
 
-    def new_cache(self, rows: int, slots: int) -> DecodeCache:
-        """An empty cache for ``rows`` sequences of at most ``slots`` tokens."""
+    def cache_bytes(self, rows: int, slots: int) -> int:
+        """Memory that `new_cache` takes."""
+        return 2 * len(self.decoder.layers) * math.prod(self._cache_shape(rows, slots)) * self.dtype.itemsize
+
+    def _cache_shape(self, rows: int, slots: int) -> tuple[int, int, int, int]:
         config = self.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (rows, slots, config.num_key_value_heads, head_dim)
+        return rows, slots, config.num_key_value_heads, head_dim
+
+    def new_cache(self, rows: int, slots: int) -> DecodeCache:
+        """An empty cache for ``rows`` sequences of at most ``slots`` tokens."""
+        shape = self._cache_shape(rows, slots)
         layers = len(self.decoder.layers)
 
         def make() -> list[Tensor]:
