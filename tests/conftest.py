@@ -9,6 +9,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples in every CI run; fresh ones elsewhere.
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 if not torch.cuda.is_available():
     # Kernels then run in Triton's interpreter; it is chosen when triton is first imported, which `tiny` does.
