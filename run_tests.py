@@ -1,6 +1,9 @@
 #!/usr/bin/env python3
 """Run the tests; arguments go to pytest, and its exit code comes back.
 
+With --detailed-report: run the kernels' tests and then `eagle bench kernels`, which gets the arguments after `--`. A red
+test means that no timing is reported, and exit code 1.
+
 Where this interpreter lacks a package that the tests need, a virtual environment `.venv` is made beside this file and
 the project is installed in it with its `test` extra, by pip as it is configured. Needs only the standard library.
 """
@@ -15,6 +18,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 VENV = HERE / ".venv"
+REPORT = "--detailed-report"
+KERNEL_TESTS = "test_triton_*.py"
 MODULES = ("torch", "transformers", "safetensors", "huggingface_hub", "gguf", "accelerate", "filelock", "platformdirs")
 MODULES += ("rich", "typer", "pytest", "pytest_timeout", "hypothesis", "scipy", "matplotlib")
 FIND_MISSING = "import importlib.util as u, sys; print(*[m for m in sys.argv[1:] if u.find_spec(m) is None])"
@@ -75,11 +80,6 @@ def run(*command: str) -> int:
 
 def main(arguments: list[str]) -> int:
     """Find or make an interpreter that can run the tests, and run them."""
-    if any(argument.split("=")[0] == "--detailed-report" for argument in arguments):
-        print(
-            "error: --detailed-report reports on the Triton kernels, which this version does not have", file=sys.stderr
-        )
-        return 2
     python = sys.executable
     if missing_here():
         if missing_in_venv() and (problem := prepare_venv()):
@@ -89,7 +89,21 @@ def main(arguments: list[str]) -> int:
     environment = dict(os.environ)
     if subprocess.run([python, "-c", SEES_GPU], stderr=subprocess.DEVNULL, check=False).returncode:
         environment.setdefault("TRITON_INTERPRET", "1")
+    if REPORT in arguments:
+        return detailed_report(python, [argument for argument in arguments if argument != REPORT], environment)
     return subprocess.run([python, "-m", "pytest", *arguments], cwd=HERE, env=environment, check=False).returncode
+
+
+def detailed_report(python: str, arguments: list[str], environment: dict[str, str]) -> int:
+    """The kernels' tests, then their report. Arguments after `--` are the report's, those before it pytest's."""
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    tests = sorted(str(path.relative_to(HERE)) for path in (HERE / "tests").glob(KERNEL_TESTS))
+    command = [python, "-m", "pytest", *tests, *arguments[:cut]]
+    if subprocess.run(command, cwd=HERE, env=environment, check=False).returncode:
+        print("error: a test is red, so no timing is reported", file=sys.stderr)
+        return 1
+    command = [python, "-m", "eagle.cli", "bench", "kernels", *arguments[cut + 1 :]]
+    return subprocess.run(command, cwd=HERE, env=environment, check=False).returncode
 
 
 if __name__ == "__main__":

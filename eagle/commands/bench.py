@@ -1,4 +1,4 @@
-"""`eagle bench`: measurements. For now `accept`, the accept length."""
+"""`eagle bench`: measurements. `accept`: the accept length; `kernels` and `tune`: the Triton kernels."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from eagle.commands.bench_kernels import kernels, tune
 from eagle.commands.console import device_name, note, open_model
 from eagle.commands.options import (
     MODEL_DEFAULT,
@@ -30,7 +31,7 @@ GPU_BATCH = 16
 
 @app.callback(invoke_without_command=True)
 def show_help(context: typer.Context) -> None:
-    """Measure acceptance."""
+    """Measure acceptance and kernels."""
     if context.invoked_subcommand is None:
         print(context.get_help())
 
@@ -101,3 +102,7 @@ def accept(
     for line in lines(report):
         print(line)
     print(f"{loaded.base_model.dtype} on {device_name(loaded.device)}, batch {batch}".removeprefix("torch."))
+
+
+app.command()(kernels)
+app.command()(tune)
