@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable
 from contextlib import closing
 from typing import Any
 
@@ -15,10 +15,11 @@ from eagle.engine.loop import GenerationStats
 from eagle.engine.session import Session
 from eagle.errors import InvalidInputError
 from eagle.model.drafts import DraftModel
-from eagle.model.inputs import check_sampling, check_tree, token_budgets, token_rows
+from eagle.model.inputs import as_batch, check_sampling, check_tree, token_budgets, token_rows
 from eagle.model.loading import ignored_settings, load_draft_model, load_target, load_tokenizer
 from eagle.model.locate import locate, no_head
 from eagle.model.ops import Ops, Sampling
+from eagle.model.reference_api import ReferenceMethods
 from eagle.model.target import Target
 from eagle.model.torch_ops import TORCH_OPS
 from eagle.model.triton_kernels.dispatch import report
@@ -27,7 +28,7 @@ from eagle.model.triton_kernels.selection import Choice, Plan
 DEFAULT_NEW_TOKENS = 512
 
 
-class EaModel:
+class EaModel(ReferenceMethods):
     """A Hugging Face causal LM that generates by EAGLE speculative decoding, with its own output unchanged.
 
     Build it with `from_pretrained`, or from parts: ``EaModel(base_model, draft, tokenizer)``.
@@ -214,7 +215,7 @@ class EaModel:
         context; with neither limit, at most 512 new tokens. streamer: an object with ``put`` and ``end``, one sequence.
         speculative=False is plain decoding on the same path. Raises InvalidInputError.
         """
-        prompt = _as_batch(input_ids)
+        prompt = as_batch(input_ids)
         sampling = check_sampling(temperature, top_p, top_k, top_k_first=True)
         eos = self._eos_ids(eos_token_id)
         steps = self.stream(
@@ -245,116 +246,6 @@ class EaModel:
         longest = max(map(len, rows))
         added = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=prompt.device)
         return torch.cat((prompt, added), dim=1)
-
-    def eagenerate(
-        self,
-        input_ids: torch.Tensor,
-        temperature: float = 0.0,
-        top_p: float = 0.0,
-        top_k: float = 0.0,
-        max_new_tokens: int = 512,
-        max_length: int = 2048,
-        log: bool = False,
-        is_llama3: bool = False,
-    ) -> Any:
-        """The reference's method: prompt and new tokens [1, T + new]; with ``log`` also the number of new tokens and the
-        index of the last step. Sampling cuts by top_p before top_k, from torch's global generator."""
-        *_, last = self.ea_generate(
-            input_ids, temperature, top_p, top_k, max_new_tokens, max_length, is_llama3=is_llama3
-        )
-        return self._logged(last, input_ids, log)
-
-    def naivegenerate(
-        self,
-        input_ids: torch.Tensor,
-        temperature: float = 0.0,
-        top_p: float = 0.0,
-        top_k: float = 0.0,
-        max_new_tokens: int = 512,
-        max_length: int = 2048,
-        log: bool = False,
-        is_llama3: bool = False,
-    ) -> Any:
-        """Plain decoding with `eagenerate`'s parameters and return values."""
-        *_, last = self.naive_generate(
-            input_ids, temperature, top_p, top_k, max_new_tokens, max_length, is_llama3=is_llama3
-        )
-        return self._logged(last, input_ids, log, first_step=1)
-
-    def ea_generate(
-        self,
-        input_ids: torch.Tensor,
-        temperature: float = 0.0,
-        top_p: float = 0.0,
-        top_k: float = 0.0,
-        max_new_tokens: int = 512,
-        max_length: int = 2048,
-        log: bool = False,
-        is_llama3: bool = False,
-    ) -> Iterator[torch.Tensor]:
-        """The reference's streaming method: yields prompt and tokens so far [1, T + n] after every step."""
-        return self._reference_steps(
-            input_ids, temperature, top_p, top_k, max_new_tokens, max_length, is_llama3, speculative=True
-        )
-
-    def naive_generate(
-        self,
-        input_ids: torch.Tensor,
-        temperature: float = 0.0,
-        top_p: float = 0.0,
-        top_k: float = 0.0,
-        max_new_tokens: int = 512,
-        max_length: int = 2048,
-        log: bool = False,
-        is_llama3: bool = False,
-    ) -> Iterator[torch.Tensor]:
-        """Plain decoding with `ea_generate`'s parameters and return values."""
-        return self._reference_steps(
-            input_ids, temperature, top_p, top_k, max_new_tokens, max_length, is_llama3, speculative=False
-        )
-
-    def _reference_steps(
-        self,
-        input_ids: torch.Tensor,
-        temperature: float,
-        top_p: float,
-        top_k: float,
-        max_new_tokens: int,
-        max_length: int,
-        is_llama3: bool,
-        speculative: bool,
-    ) -> Iterator[torch.Tensor]:
-        output = _as_batch(input_ids)
-        if output.shape[0] != 1:
-            raise InvalidInputError(f"this method takes one sequence, got {output.shape[0]}; use generate for a batch")
-        eos = self._eos_ids(None)
-        if self.tokenizer is not None:
-            extra = [self.tokenizer.eos_token_id]
-            if is_llama3:
-                extra.append(self.tokenizer.convert_tokens_to_ids("<|eot_id|>"))
-            eos |= {token for token in extra if token is not None}
-        steps = self.stream(
-            input_ids,
-            max_new_tokens=max_new_tokens,
-            max_length=max_length,
-            sampling=check_sampling(temperature, top_p, top_k, top_k_first=False),
-            eos_token_id=eos,
-            speculative=speculative,
-        )
-
-        def outputs() -> Iterator[torch.Tensor]:
-            so_far = output
-            with closing(steps):
-                for new in steps:
-                    so_far = torch.cat((so_far, torch.tensor([new[0]], device=so_far.device)), dim=1)
-                    yield so_far
-
-        return outputs()
-
-    def _logged(self, output: torch.Tensor, input_ids: torch.Tensor, log: bool, first_step: int = 0) -> Any:
-        """The reference counts steps from 0, and plain decoding's first token as a step of its own."""
-        new_tokens = output.shape[1] - _as_batch(input_ids).shape[1]
-        return (output, new_tokens, max(0, self.last_stats.steps - 1 + first_step)) if log else output
 
     def _fastest_total_token(self) -> int:
         """The reference's choice for total_token=-1: the tree whose target pass is cheapest for what it yields.
@@ -393,21 +284,6 @@ class EaModel:
         owners = (self.base_model.generation_config, self.target.config)
         known = [getattr(owner, "pad_token_id", None) for owner in owners]
         return next((pad for pad in (*known, *sorted(eos)) if isinstance(pad, int) and pad >= 0), 0)
-
-
-def _as_batch(input_ids: Any) -> torch.Tensor:
-    if isinstance(input_ids, Mapping):  # what transformers 5's apply_chat_template and tokenizers return
-        raise InvalidInputError(
-            f"input_ids is a {type(input_ids).__name__}; pass its 'input_ids' and, where rows are padded, its "
-            "'attention_mask'"
-        )
-    try:
-        ids = torch.as_tensor(input_ids)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise InvalidInputError(
-            f"input_ids is no rectangular batch of ids ({error}); pad the rows and pass an attention_mask"
-        ) from error
-    return ids[None] if ids.dim() == 1 else ids
 
 
 def _uniforms(batch: int, count: int, generator: torch.Generator | None, seed: int | None) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -120,3 +120,19 @@ def token_budgets(
     limits += [] if max_new_tokens is None else [max_new_tokens]
     limits += [] if max_length is None else [max_length - width]
     return [min(*limits, context - length) for length in lengths]
+
+
+def as_batch(input_ids: Any) -> torch.Tensor:
+    """Token ids as a tensor [B, T]. Raises InvalidInputError for what is no rectangular batch."""
+    if isinstance(input_ids, Mapping):  # what transformers 5's apply_chat_template and tokenizers return
+        raise InvalidInputError(
+            f"input_ids is a {type(input_ids).__name__}; pass its 'input_ids' and, where rows are padded, its "
+            "'attention_mask'"
+        )
+    try:
+        ids = torch.as_tensor(input_ids)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise InvalidInputError(
+            f"input_ids is no rectangular batch of ids ({error}); pad the rows and pass an attention_mask"
+        ) from error
+    return ids[None] if ids.dim() == 1 else ids
