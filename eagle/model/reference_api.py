@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from typing import Any
@@ -35,10 +36,10 @@ class ReferenceMethods:
     ) -> Any:
         """The reference's method: prompt and new tokens [1, T + new]; with ``log`` also the number of new tokens and the
         index of the last step. Sampling cuts by top_p before top_k, from torch's global generator."""
-        *_, last = self.ea_generate(
+        steps = self.ea_generate(
             input_ids, temperature, top_p, top_k, max_new_tokens, max_length, is_llama3=is_llama3
         )
-        return self._logged(last, input_ids, log)
+        return self._logged(deque(steps, maxlen=1).pop(), input_ids, log)
 
     def naivegenerate(
         self,
@@ -52,10 +53,10 @@ class ReferenceMethods:
         is_llama3: bool = False,
     ) -> Any:
         """Plain decoding with `eagenerate`'s parameters and return values."""
-        *_, last = self.naive_generate(
+        steps = self.naive_generate(
             input_ids, temperature, top_p, top_k, max_new_tokens, max_length, is_llama3=is_llama3
         )
-        return self._logged(last, input_ids, log, first_step=1)
+        return self._logged(deque(steps, maxlen=1).pop(), input_ids, log, first_step=1)
 
     def ea_generate(
         self,
