@@ -36,9 +36,7 @@ class ReferenceMethods:
     ) -> Any:
         """The reference's method: prompt and new tokens [1, T + new]; with ``log`` also the number of new tokens and the
         index of the last step. Sampling cuts by top_p before top_k, from torch's global generator."""
-        steps = self.ea_generate(
-            input_ids, temperature, top_p, top_k, max_new_tokens, max_length, is_llama3=is_llama3
-        )
+        steps = self.ea_generate(input_ids, temperature, top_p, top_k, max_new_tokens, max_length, is_llama3=is_llama3)
         return self._logged(deque(steps, maxlen=1).pop(), input_ids, log)
 
     def naivegenerate(
