@@ -2,7 +2,8 @@ import pytest
 
 from eagle.errors import ModelNotFoundError
 from eagle.model.hub import looks_like_hub_id
-from eagle.model.presets import DEFAULT_MODEL, PRESETS, find_preset, get_preset, heads_for, near_matches
+from eagle.model.locate import locate
+from eagle.model.presets import DEFAULT_MODEL, PRESETS, find_preset, heads_for, near_matches
 
 HUB = [preset for preset in PRESETS.values() if preset.origin == "hub"]
 
@@ -35,13 +36,13 @@ def test_the_kind_agrees_with_the_head_s_name():
 
 @pytest.mark.parametrize("typed", ["smollm2-135m", " SMOLLM2-135M ", "SmolLM2-135M"])
 def test_lookup_ignores_case(typed):
-    assert get_preset(typed).name == DEFAULT_MODEL
+    assert find_preset(typed).name == DEFAULT_MODEL
 
 
 def test_unknown_names_get_near_matches():
     assert find_preset("SmolLM2-135") is None
     with pytest.raises(ModelNotFoundError, match=r"SmolLM2-136M.*did you mean SmolLM2-135M"):
-        get_preset("SmolLM2-136M")
+        locate("SmolLM2-136M")
     assert near_matches("eagle-8b")[0] == "EAGLE-8B"
     assert near_matches("qwen3-8b")[0] == "eagle3-qwen3-8b"
     assert near_matches("meta-llama/Llama-3.1-8B-Instruc")[0] == "meta-llama/Llama-3.1-8B-Instruct"
@@ -50,7 +51,7 @@ def test_unknown_names_get_near_matches():
 
 def test_the_error_is_one_line():
     with pytest.raises(ModelNotFoundError) as caught:
-        get_preset("nothing like it")
+        locate("nothing like it")
     assert "\n" not in str(caught.value)
     assert "org/name" in str(caught.value)
 

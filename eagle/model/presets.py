@@ -11,8 +11,6 @@ import difflib
 from dataclasses import dataclass
 from typing import Literal
 
-from eagle.errors import ModelNotFoundError
-
 DEFAULT_MODEL = "SmolLM2-135M"
 
 
@@ -126,18 +124,6 @@ _BY_LOWER_NAME = {name.lower(): preset for name, preset in PRESETS.items()}
 def find_preset(name: str) -> Preset | None:
     """The preset of that name in any case, or None."""
     return _BY_LOWER_NAME.get(name.strip().lower())
-
-
-def get_preset(name: str) -> Preset:
-    """The preset of that name in any case.
-
-    Raises:
-        ModelNotFoundError: there is none; the message lists near matches.
-    """
-    preset = find_preset(name)
-    if preset is None:
-        raise ModelNotFoundError(f"unknown model name {name!r}: {hint(name)}")
-    return preset
 
 
 def heads_for(base: str) -> list[Preset]:

@@ -316,34 +316,36 @@ def decode_attention(
     }
     tensors = (q, k_cache, v_cache, kv_len, words, states, stats)
     grid = (triton.cdiv(rows * group, config.prefix_m) * batch * kv_heads * splits,)
-    _prefix_kernel[grid](
-        *tensors,
-        rows,
-        batch,
-        slots,
-        splits,
-        *tail,
-        *strides,
-        **shared,
-        BLOCK_M=config.prefix_m,
-        num_warps=config.prefix_warps,
-        num_stages=config.stages,
-    )
+    with torch.cuda.device_of(q):
+        _prefix_kernel[grid](
+            *tensors,
+            rows,
+            batch,
+            slots,
+            splits,
+            *tail,
+            *strides,
+            **shared,
+            BLOCK_M=config.prefix_m,
+            num_warps=config.prefix_warps,
+            num_stages=config.stages,
+        )
     grid = (triton.cdiv(group, config.path_m) * rows * batch * kv_heads,)
-    _path_kernel[grid](
-        *tensors,
-        out,
-        rows,
-        batch,
-        slots,
-        splits,
-        *tail,
-        *strides,
-        **shared,
-        BLOCK_M=config.path_m,
-        MERGE_M=min(triton.next_power_of_2(group), config.path_m),
-        MERGE_SPLITS=config.merge_splits,
-        num_warps=config.path_warps,
-        num_stages=1,
-    )
+    with torch.cuda.device_of(q):
+        _path_kernel[grid](
+            *tensors,
+            out,
+            rows,
+            batch,
+            slots,
+            splits,
+            *tail,
+            *strides,
+            **shared,
+            BLOCK_M=config.path_m,
+            MERGE_M=min(triton.next_power_of_2(group), config.path_m),
+            MERGE_SPLITS=config.merge_splits,
+            num_warps=config.path_warps,
+            num_stages=1,
+        )
     return out

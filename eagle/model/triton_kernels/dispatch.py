@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-import torch
-
 from eagle.model.ops import Ops
 from eagle.model.torch_ops import TORCH_OPS
 from eagle.model.triton_kernels.selection import OPS, Bound, Choice, Plan, bounds
@@ -34,9 +32,6 @@ MODULES = {
     "linear": "linear",
 }
 """The module of this package that holds each op's kernel, under the op's name."""
-
-UNGUARDED = ("attention", "kv_append", "kv_retrieve", "kv_compact", "rope_append")
-"""Ops whose launchers launch on the current device, whichever their tensors are on."""
 
 
 def _attention(q, k_cache, v_cache, kv_len, tree_words=None, **_):
@@ -125,10 +120,9 @@ def choose_ops(plan: Plan, sizes: Mapping[str, int] | None = None) -> tuple[Ops,
     served = {}
     for op in OPS:
         if plan.choose(op, {}).implementation == "triton":
-            function = kernel(op)
-            if op in UNGUARDED and torch.cuda.device_count() > 1:
-                function = _on_its_device(function)
-            served[op] = Served(op, function, getattr(TORCH_OPS, op), bounds(op, plan.hardware, plan.wanted(op)), plan)
+            served[op] = Served(
+                op, kernel(op), getattr(TORCH_OPS, op), bounds(op, plan.hardware, plan.wanted(op)), plan
+            )
     return TORCH_OPS.replaced(**served), [choice for op in OPS for choice in plan.choices(op, sizes or {})]
 
 
@@ -148,11 +142,3 @@ def report(ops: Ops, plan: Plan | None, sizes: Mapping[str, int]) -> list[Choice
             plain = "sdpa" if op == "attention" else "torch"
             found.append(Choice(op, plain, "kernels are off; optimize_eagle_with_triton turns them on"))
     return found
-
-
-def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    def on_its_device(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        with torch.cuda.device_of(first):
-            return function(first, *args, **kwargs)
-
-    return on_its_device

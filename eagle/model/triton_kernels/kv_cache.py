@@ -144,18 +144,19 @@ def kv_append(cache: torch.Tensor, new: torch.Tensor, start: torch.Tensor) -> No
     if new.numel() == 0:
         return
     block_t, block_d = _blocks(rows, size)
-    _append_kernel[(triton.cdiv(rows, block_t), heads, batch)](
-        cache,
-        new,
-        start,
-        rows,
-        slots,
-        *cache.stride()[:3],
-        *new.stride()[:3],
-        SIZE=size,
-        BLOCK_T=block_t,
-        BLOCK_D=block_d,
-    )
+    with torch.cuda.device_of(cache):
+        _append_kernel[(triton.cdiv(rows, block_t), heads, batch)](
+            cache,
+            new,
+            start,
+            rows,
+            slots,
+            *cache.stride()[:3],
+            *new.stride()[:3],
+            SIZE=size,
+            BLOCK_T=block_t,
+            BLOCK_D=block_d,
+        )
 
 
 def kv_retrieve(cache: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
@@ -174,18 +175,19 @@ def kv_retrieve(cache: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     if out.numel() == 0:
         return out
     block_t, block_d = _blocks(count, size)
-    _retrieve_kernel[(triton.cdiv(count, block_t), heads, batch)](
-        cache,
-        indices,
-        out,
-        count,
-        slots,
-        heads,
-        *cache.stride()[:3],
-        SIZE=size,
-        BLOCK_T=block_t,
-        BLOCK_D=block_d,
-    )
+    with torch.cuda.device_of(cache):
+        _retrieve_kernel[(triton.cdiv(count, block_t), heads, batch)](
+            cache,
+            indices,
+            out,
+            count,
+            slots,
+            heads,
+            *cache.stride()[:3],
+            SIZE=size,
+            BLOCK_T=block_t,
+            BLOCK_D=block_d,
+        )
     return out
 
 
@@ -215,22 +217,23 @@ def kv_compact(
     block_p = triton.next_power_of_2(path)
     wide = triton.next_power_of_2(max(size, v.shape[4]))
     block_c = min(wide, max(16, COPY_ELEMENTS // block_p))
-    _compact_kernel[(triton.cdiv(wide, block_c), layers * heads, batch)](
-        k,
-        v,
-        nodes,
-        kv_len,
-        count,
-        path,
-        slots,
-        heads,
-        *k.stride()[:4],
-        *v.stride()[:4],
-        SIZE=size,
-        V_SIZE=v.shape[4],
-        BLOCK_P=block_p,
-        BLOCK_C=block_c,
-    )
+    with torch.cuda.device_of(k):
+        _compact_kernel[(triton.cdiv(wide, block_c), layers * heads, batch)](
+            k,
+            v,
+            nodes,
+            kv_len,
+            count,
+            path,
+            slots,
+            heads,
+            *k.stride()[:4],
+            *v.stride()[:4],
+            SIZE=size,
+            V_SIZE=v.shape[4],
+            BLOCK_P=block_p,
+            BLOCK_C=block_c,
+        )
 
 
 def _blocks(rows: int, size: int) -> tuple[int, int]:

@@ -172,33 +172,34 @@ def rope_append(
         return out
     block_h = _heads_a_program(max(q_heads, kv_heads), max(size, v_size))
     parts = triton.cdiv(q_heads, block_h) + 2 * triton.cdiv(kv_heads, block_h)
-    _rope_append_kernel[(batch * rows, parts)](
-        q,
-        k,
-        v,
-        cos,
-        sin,
-        k_cache,
-        v_cache,
-        start,
-        out,
-        rows,
-        slots,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *cos.stride()[:2],
-        *sin.stride()[:2],
-        *k_cache.stride()[:3],
-        *v_cache.stride()[:3],
-        Q_HEADS=q_heads,
-        KV_HEADS=kv_heads,
-        SIZE=size,
-        V_SIZE=v_size,
-        BLOCK_H=block_h,
-        BLOCK_HALF=triton.next_power_of_2(size // 2),
-        BLOCK_DV=triton.next_power_of_2(v_size),
-    )
+    with torch.cuda.device_of(q):
+        _rope_append_kernel[(batch * rows, parts)](
+            q,
+            k,
+            v,
+            cos,
+            sin,
+            k_cache,
+            v_cache,
+            start,
+            out,
+            rows,
+            slots,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            *cos.stride()[:2],
+            *sin.stride()[:2],
+            *k_cache.stride()[:3],
+            *v_cache.stride()[:3],
+            Q_HEADS=q_heads,
+            KV_HEADS=kv_heads,
+            SIZE=size,
+            V_SIZE=v_size,
+            BLOCK_H=block_h,
+            BLOCK_HALF=triton.next_power_of_2(size // 2),
+            BLOCK_DV=triton.next_power_of_2(v_size),
+        )
     return out
 
 
@@ -212,19 +213,20 @@ def rope_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
         return
     batch, rows, heads, size = x.shape
     block_h = _heads_a_program(heads, size)
-    _rope_kernel[(batch * rows, triton.cdiv(heads, block_h))](
-        x,
-        cos,
-        sin,
-        rows,
-        *x.stride()[:3],
-        *cos.stride()[:2],
-        *sin.stride()[:2],
-        HEADS=heads,
-        SIZE=size,
-        BLOCK_H=block_h,
-        BLOCK_HALF=triton.next_power_of_2(size // 2),
-    )
+    with torch.cuda.device_of(x):
+        _rope_kernel[(batch * rows, triton.cdiv(heads, block_h))](
+            x,
+            cos,
+            sin,
+            rows,
+            *x.stride()[:3],
+            *cos.stride()[:2],
+            *sin.stride()[:2],
+            HEADS=heads,
+            SIZE=size,
+            BLOCK_H=block_h,
+            BLOCK_HALF=triton.next_power_of_2(size // 2),
+        )
 
 
 def _check_angles(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
