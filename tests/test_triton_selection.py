@@ -14,7 +14,7 @@ from eagle.errors import InvalidInputError
 from eagle.model.torch_ops import TORCH_OPS
 from eagle.model.triton_kernels import hardware as hardware_module
 from eagle.model.triton_kernels import selection
-from eagle.model.triton_kernels.dispatch import SIZES, Served, choose_ops, kernel, report
+from eagle.model.triton_kernels.dispatch import SIZES, Served, choose_ops, decoding_ops, kernel, report
 from eagle.model.triton_kernels.hardware import Hardware, hardware
 from eagle.model.triton_kernels.selection import CASES, LIMITS, OPS, Bound, Plan, choose, from_environment
 
@@ -94,7 +94,11 @@ def test_limits(op, bound, request_):
         ("update_inputs", "path", "update_inputs", "MAX_PATH"),
         ("rms_norm", "width", "norm", "MAX_SIZE"),
         ("add_rms_norm", "width", "norm", "MAX_SIZE"),
+        ("cat_rms_norm", "width", "norm", "MAX_SIZE"),
         ("linear", "rows", "linear_config", "BLOCK_M"),
+        ("gate_up_swiglu", "rows", "linear_config", "BLOCK_M"),
+        ("linear_add_rms_norm", "rows", "linear_config", "BLOCK_M"),
+        ("linear_add_rms_norm", "width", "norm", "MAX_SIZE"),
     ],
 )
 def test_limits_are_the_kernels_own(op, size, module, constant):
@@ -187,7 +191,10 @@ def test_every_bound_is_a_size_of_the_call():
     q, cache = torch.zeros(1, 5, 2, 16), torch.zeros(1, 1, 64, 16)
     assert SIZES["attention"](q, cache, cache, None, scale=1.0) == {"head_size": 16, "causal_rows": 5}
     assert SIZES["attention"](q, cache, cache, None, torch.zeros(1, 5, 1), scale=1.0)["causal_rows"] == 0
-    assert SIZES["linear"](torch.zeros(2, 3, 7), torch.zeros(5, 7)) == {"rows": 6}
+    x, weight = torch.zeros(2, 3, 7), torch.zeros(6, 7)
+    assert SIZES["linear"](x, weight, norm_weight=x[0, 0]) == SIZES["gate_up_swiglu"](x, weight) == {"rows": 6}
+    sizes = SIZES["linear_add_rms_norm"](x, weight, torch.zeros(2, 3, 6), weight[:, 0], 1e-5)
+    assert sizes == {"rows": 6, "width": 6}
 
 
 def test_calls_beyond_a_bound_go_to_pytorch():
@@ -197,6 +204,26 @@ def test_calls_beyond_a_bound_go_to_pytorch():
     for rows in (64, 65, 1):
         served(torch.zeros(rows, 3), torch.zeros(4, 3))
     assert ran == ["triton", "torch", "triton"]
+
+
+def test_decoding_ops_lift_the_bound_on_rows_alone():
+    assert decoding_ops(TORCH_OPS) is TORCH_OPS
+    ran, plan = [], Plan(H100, FP32)
+
+    def served(op):
+        return Served(op, lambda *_: ran.append("triton"), lambda *_: ran.append("torch"), LIMITS[op], plan)
+
+    matrix = ("linear", "gate_up_swiglu", "linear_add_rms_norm")
+    ops = TORCH_OPS.replaced(**{op: served(op) for op in (*matrix, "rms_norm")})
+    lifted = decoding_ops(ops)
+    assert decoding_ops(ops) is lifted
+    assert lifted.rms_norm is ops.rms_norm
+    for table in (ops, lifted):
+        for op in matrix:
+            getattr(table, op)(torch.zeros(65, 3), torch.zeros(4, 3))
+        table.linear_add_rms_norm(torch.zeros(65, 1), torch.zeros(40000, 1))
+        table.rms_norm(torch.zeros(1, 40000))
+    assert ran == ["torch"] * 5 + ["triton"] * 3 + ["torch"] * 2
 
 
 def test_kernels_and_pytorch_agree_in_their_parameters():

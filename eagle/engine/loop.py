@@ -1,4 +1,8 @@
-"""The loop: prefill, then step after step, handing out each row's new tokens as they come."""
+"""The loop: prefill, then step after step, handing out each row's new tokens as they come.
+
+Where the steps run ahead of the reader, the next one is queued before a result is handed out, so the device works while
+the caller does.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from eagle.engine.graphs import StaticStep
 from eagle.engine.prefill import prefill
 from eagle.engine.state import Run
-from eagle.engine.step import step
-from eagle.model.ops import DecodeState
+from eagle.engine.steps import EagerSteps, StaticSteps, Steps
 
 
 @dataclass
 class GenerationStats:
     """The figures of one run. ``accept_lengths`` has one entry for each step of each running row: the tokens it
-    committed. Prefill's token is in ``new_tokens`` and its pass is not in ``steps``."""
+    committed. Prefill's token is in ``new_tokens`` and its pass is not in ``steps``. ``setup_seconds``: capturing the
+    step, where this call was the first of its kind; in no other figure."""
 
     prompt_tokens: int = 0
     new_tokens: int = 0
@@ -23,6 +28,7 @@ class GenerationStats:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     reused_tokens: int = 0
+    setup_seconds: float = 0.0
     accept_lengths: list[int] = field(default_factory=list)
 
     @property
@@ -40,21 +46,30 @@ class GenerationStats:
 
 
 def decode(
-    run: Run, prompts: list[list[int]], budgets: list[int], stats: GenerationStats, reused: int = 0
+    run: Run,
+    prompts: list[list[int]],
+    budgets: list[int],
+    stats: GenerationStats,
+    reused: int = 0,
+    static: StaticStep | None = None,
 ) -> Iterator[list[list[int]]]:
     """Yield, for prefill and then for each step, the new tokens of each row (empty for a finished row).
 
-    Afterwards, and after an early end, ``run.caches.prefix`` holds what may be reused (single-sequence runs).
+    static: the step to replay, prepared for this run; None runs each step anew. Afterwards, and after an early end,
+    ``run.caches.prefix`` holds what may be reused (single-sequence runs).
     """
     run.caches.prefix = None
     started = time.perf_counter()
     lengths = [len(prompt) for prompt in prompts]
     produced: list[list[int]] = [[] for _ in prompts]
-    reusable = 0
+    reusable, queued = 0, 0
     stats.prompt_tokens, stats.reused_tokens = sum(lengths), reused
     try:
         state = prefill(run, prompts, budgets, reused)
-        new, done = _read(state)
+        steps: Steps = EagerSteps(run, state)
+        new, done = steps.read()
+        if static is not None:
+            steps = StaticSteps(static, state)
         stats.prefill_seconds = time.perf_counter() - started
         running = [True] * len(prompts)
         while True:
@@ -67,22 +82,22 @@ def decode(
             stats.new_tokens += sum(map(len, new))
             # The draft's pairs of the newest tokens are not written yet, so its cache ends that much earlier.
             reusable = lengths[0] - len(new[0]) + 1
+            while queued < steps.ahead and not all(done):
+                steps.queue(max(lengths))
+                queued += 1
             yield new
             if all(done):
                 return
             started = time.perf_counter()
-            state = step(run, state, max(lengths))
+            while queued < 1 + steps.ahead:
+                steps.queue(max(lengths))
+                queued += 1
             running = [not flag for flag in done]
-            new, done = _read(state)
+            new, done = steps.read()
+            queued -= 1
             stats.decode_seconds += time.perf_counter() - started
             stats.steps += 1
     finally:
         # Also after an interruption: a step writes at and beyond what was committed before it.
         if len(prompts) == 1 and run.draft is not None and reusable:
             run.caches.prefix = (prompts[0] + produced[0])[:reusable]
-
-
-def _read(state: DecodeState) -> tuple[list[list[int]], list[bool]]:
-    """The one host read of a step: what it committed."""
-    counts = state.count.tolist()
-    return [row[:count] for row, count in zip(state.tokens.tolist(), counts, strict=True)], state.done.tolist()

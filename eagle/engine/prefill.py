@@ -66,7 +66,7 @@ def _draft_chunk(run: Run, features: torch.Tensor, tokens: torch.Tensor, begin: 
     if rows <= 0:
         return
     start = torch.full((tokens.shape[0],), begin, dtype=torch.int64, device=tokens.device)
-    cache = run.caches.draft
+    cache, ops = run.caches.draft, run.target.ops  # of the model: many rows are better served by a library
     positions = start[:, None] + torch.arange(rows, device=tokens.device)
-    call = DraftCall(run.ops, cache, start, start, None, positions, bounded(end, cache.slots))
-    run.draft(run.draft.fuse(features[:, :rows], run.ops), tokens[:, begin + 1 : begin + 1 + rows], call)
+    call = DraftCall(ops, cache, start, start, None, positions, bounded(end, cache.slots))
+    run.draft(run.draft.fuse(features[:, :rows], ops), tokens[:, begin + 1 : begin + 1 + rows], call)

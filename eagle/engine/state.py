@@ -7,12 +7,16 @@ from dataclasses import dataclass
 import torch
 
 from eagle.model.drafts import DraftModel
+from eagle.model.fused_draft import FusedDraft
 from eagle.model.kv_cache import KVCache
 from eagle.model.ops import DecodeState, Ops, Sampling, TreeShape
 from eagle.model.target import Target
 
 SLOT_BLOCK = 256
 """Cache sizes are rounded up to this many slots, so that a slightly longer call reuses the memory."""
+
+ROW_TILE = 64
+"""Rows the matrix products of a padded target pass come in."""
 
 
 @dataclass
@@ -37,18 +41,25 @@ class Run:
     """One call's fixed parts: who computes, in which shape, and how tokens are chosen."""
 
     target: Target
-    draft: DraftModel | None  # None: plain decoding
+    draft: DraftModel | FusedDraft | None  # None: plain decoding
     ops: Ops
     shape: TreeShape
     sampling: Sampling
     caches: Caches
     eos: torch.Tensor  # [E] int64
     uniforms: torch.Tensor | None  # [B, max_new_tokens + P] float32: one for each output position
+    pad_rows: bool = False  # see `rows`
 
     @property
     def nodes(self) -> int:
-        """Rows of one target pass."""
+        """Nodes a step verifies: the tree's, or the root alone."""
         return self.shape.total_token if self.draft is not None else 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of one target pass. With ``pad_rows`` plain decoding and every tree of up to 64 nodes have the same, so
+        that a library's matrix product, whose order of sums follows from its sizes, treats each row alike."""
+        return padded_rows(self.shape) if self.pad_rows else self.nodes
 
     @property
     def path(self) -> int:
@@ -56,11 +67,20 @@ class Run:
         return self.shape.path if self.draft is not None else 1
 
 
-def slots_needed(positions: int, shape: TreeShape, speculative: bool) -> int:
-    """Cache slots for a run that ends with ``positions`` positions: the tree, and the draft's padded extend, come on
-    top of the last committed position."""
-    extra = max(shape.total_token, shape.path + shape.draft_slots) if speculative else 1
-    return -(-(positions + extra) // SLOT_BLOCK) * SLOT_BLOCK
+def padded_rows(shape: TreeShape) -> int:
+    """``total_token`` rounded up to whole tiles."""
+    return -(-shape.total_token // ROW_TILE) * ROW_TILE
+
+
+def slots_beyond(shape: TreeShape, speculative: bool, pad_rows: bool = False) -> int:
+    """Cache slots a step may write at and beyond the committed length: the tree, the draft's padded extend."""
+    rows = padded_rows(shape) if pad_rows else 1
+    return max(shape.total_token, rows, shape.path + shape.draft_slots) if speculative else rows
+
+
+def slots_needed(positions: int, shape: TreeShape, speculative: bool, pad_rows: bool = False) -> int:
+    """Cache slots for a run that ends with ``positions`` positions."""
+    return -(-(positions + slots_beyond(shape, speculative, pad_rows)) // SLOT_BLOCK) * SLOT_BLOCK
 
 
 def bounded(slots: int, total: int) -> int:
@@ -89,3 +109,38 @@ def initial_state(
         budget=budget,
         done=torch.isin(first, eos) | (budget <= 0),
     )
+
+
+@dataclass
+class StaticState:
+    """A decode state at fixed addresses, and what the host reads of it as one block of memory."""
+
+    state: DecodeState
+    report: torch.Tensor  # [R] int64: tokens [B, P], count [B], done [B] as bytes
+
+    @classmethod
+    def like(cls, state: DecodeState) -> StaticState:
+        """Room for states of the same shapes, with the same values."""
+        batch, path = state.tokens.shape
+        words = batch * path + batch
+        report = torch.zeros(words + -(-batch // 8), dtype=torch.int64, device=state.root.device)
+        static = DecodeState(
+            kv_len=torch.empty_like(state.kv_len),
+            root=torch.empty_like(state.root),
+            tokens=report[: batch * path].view(batch, path),
+            features=None if state.features is None else torch.empty_like(state.features).contiguous(),
+            count=report[batch * path : words],
+            generated=torch.empty_like(state.generated),
+            budget=torch.empty_like(state.budget),
+            done=report[words:].view(torch.bool)[:batch],
+        )
+        return cls(static.load(state), report)
+
+    def read(self, report: torch.Tensor) -> tuple[list[list[int]], list[bool]]:
+        """Each row's new tokens and whether it is done, from a copy of ``report`` on the host."""
+        batch, path = self.state.tokens.shape
+        words = batch * path + batch
+        counts = report[batch * path : words].tolist()
+        tokens = report[: batch * path].view(batch, path).tolist()
+        done = report[words:].view(torch.bool)[:batch].tolist()
+        return [row[:count] for row, count in zip(tokens, counts, strict=True)], done

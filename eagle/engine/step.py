@@ -7,56 +7,85 @@ acceptance → compaction → next state. Plain decoding is the same step with a
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from eagle.engine.state import Run, bounded
 from eagle.model.drafts import DraftCall, DraftModel
+from eagle.model.fused_draft import FusedDraft
 from eagle.model.ops import DecodeState, DraftTree
 from eagle.model.tree import empty_candidates, root_only
 
 
 @torch.no_grad()
-def step(run: Run, state: DecodeState, longest: int) -> DecodeState:
-    """Advance every running row by 1 … P tokens. longest: host-side bound on ``state.kv_len``."""
+def step(run: Run, state: DecodeState, longest: int, out: DecodeState | None = None) -> DecodeState:
+    """Advance every running row by 1 … P tokens.
+
+    longest: host-side bound on ``state.kv_len``; out: static buffers for the result, ``state`` itself if wanted.
+    """
     tree = root_only(state.root) if run.draft is None else draft_tree(run, run.draft, state, longest)
+    rows = padded(tree, run.rows)
     logits, features = run.target.forward(
-        tree.tokens,
+        rows.tokens,
         run.caches.target,
         state.kv_len,
-        depths=tree.depths,
-        tree_words=tree.words,
-        slots=bounded(longest + run.nodes, run.caches.slots),
+        depths=rows.depths,
+        tree_words=rows.words,
+        slots=bounded(longest + run.rows, run.caches.slots),
+        ops=run.ops,
     )
     uniforms = None
     if run.uniforms is not None:
         ahead = torch.arange(run.path, device=state.root.device)
         last = run.uniforms.shape[1] - 1
         uniforms = run.uniforms.gather(1, (state.generated[:, None] + ahead).clamp(max=last))
+    if run.rows != run.nodes:
+        logits, features = logits[:, : run.nodes], features[:, : run.nodes].contiguous()
     accepted = run.ops.evaluate_posterior(logits, tree, run.path, run.sampling, uniforms)
     for k, v in run.caches.target.groups:
         nodes, kv_len, count = (t.to(k.device) for t in (accepted.nodes, state.kv_len, accepted.count))
         run.ops.kv_compact(k, v, nodes, kv_len, count)
-    return run.ops.update_inputs(state, accepted, None if run.draft is None else features, run.eos)
+    return run.ops.update_inputs(state, accepted, None if run.draft is None else features, run.eos, out=out)
 
 
-def draft_tree(run: Run, draft: DraftModel, state: DecodeState, longest: int) -> DraftTree:
+def padded(tree: DraftTree, rows: int) -> DraftTree:
+    """The tree with roots added up to ``rows`` nodes; each sees the root alone and nothing sees it."""
+    more = rows - tree.tokens.shape[1]
+    if more == 0:
+        return tree
+    return DraftTree(
+        tokens=torch.cat((tree.tokens, tree.tokens[:, :1].expand(-1, more)), dim=1),
+        parents=F.pad(tree.parents, (0, more)),
+        depths=F.pad(tree.depths, (0, more)),
+        words=torch.cat((tree.words, tree.words[:, :1].expand(-1, more, -1)), dim=1),
+    )
+
+
+def draft_tree(run: Run, draft: DraftModel | FusedDraft, state: DecodeState, longest: int) -> DraftTree:
     """Extend the draft over the tokens just committed, then grow its tree under the last of them."""
     ops, shape, cache = run.ops, run.shape, run.caches.draft
     batch, path = state.tokens.shape
+    device = state.root.device
+    # Angles, slots and positions of all levels at once: each op costs a launch.
     start = state.kv_len - state.count
-    positions = start[:, None] + torch.arange(path, device=start.device)
+    positions = start[:, None] + torch.arange(path, device=device)
     call = DraftCall(ops, cache, start, start, None, positions, bounded(longest + path, cache.slots))
     hidden = draft(draft.fuse(state.features, ops), state.tokens, call)
     last = (state.count - 1).clamp(min=0)
     hidden = hidden.gather(1, last[:, None, None].expand(-1, 1, hidden.shape[-1]))  # [B, 1, H]
 
+    levels = torch.arange(shape.depth, device=device)
+    starts = state.kv_len + levels[:, None] * shape.top_k  # [depth, B]
+    positions = state.kv_len[:, None] + levels  # [B, depth]
+    angles = draft.rope(positions)  # two of [B, depth, D]
     candidates = empty_candidates(shape, batch, hidden.device)
     frontier = None
     for level in range(shape.depth + 1):
         if level > 0:
-            start = state.kv_len + (level - 1) * shape.top_k
-            positions = (state.kv_len + level - 1)[:, None].expand(-1, shape.top_k)
-            slots = bounded(longest + level * shape.top_k, cache.slots)
-            call = DraftCall(ops, cache, start, state.kv_len, frontier.words, positions, slots)
+            bound = bounded(longest + level * shape.top_k, cache.slots)
+            here, kv_len = slice(level - 1, level), state.kv_len
+            cos, sin = (part[:, here].expand(-1, shape.top_k, -1) for part in angles)
+            at = positions[:, here].expand(-1, shape.top_k)
+            call = DraftCall(ops, cache, starts[level - 1], kv_len, frontier.words, at, bound, (cos, sin))
             hidden = hidden.gather(1, frontier.rows[..., None].expand(-1, -1, hidden.shape[-1]))
             hidden = draft(hidden, frontier.tokens, call)
         logits = draft.logits(hidden, ops)

@@ -32,6 +32,7 @@ class DraftCall:
     tree_words: torch.Tensor | None  # [B, T, W]: as in the attention op
     positions: torch.Tensor  # [B, T]: RoPE positions
     slots: int  # host-side bound on the cache slots in use
+    rope: tuple[torch.Tensor, torch.Tensor] | None = None  # cos, sin [B, T, D] of the positions, if already known
 
 
 class Norm(nn.Module):
@@ -187,7 +188,7 @@ class DraftModel(nn.Module):
         ops, embedded = call.ops, self._embed(tokens).to(hidden.dtype)
         if self.config.kind == "eagle1":
             hidden = _linear(ops, self.fc, torch.cat((embedded, hidden), dim=-1))
-        rope = self._rope(call.positions, hidden.dtype)
+        rope = self.rope(call.positions) if call.rope is None else call.rope
         for layer in self.layers:
             hidden = layer(hidden, embedded, rope, call)
         return self.norm(hidden, ops) if self.config.norm_output and self.norm is not None else hidden
@@ -212,7 +213,9 @@ class DraftModel(nn.Module):
         """The head's own KV cache."""
         return KVCache(self.layer_shapes, batch, slots)
 
-    def _rope(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """RoPE's cos and sin [B, T, D] of ``positions`` [B, T], in the head's dtype."""
+        dtype = self.fc.weight.dtype
         angles = positions[..., None].float() * self.inv_freq
         angles = torch.cat((angles, angles), dim=-1)
         return (angles.cos() * self.rope_scale).to(dtype), (angles.sin() * self.rope_scale).to(dtype)

@@ -15,8 +15,9 @@ from eagle.engine.loop import GenerationStats
 from eagle.engine.session import Session
 from eagle.errors import InvalidInputError
 from eagle.model.drafts import DraftModel
+from eagle.model.engine_control import EngineControl
 from eagle.model.inputs import as_batch, check_sampling, check_tree, token_budgets, token_rows
-from eagle.model.loading import ignored_settings, load_draft_model, load_target, load_tokenizer
+from eagle.model.loading import ignored_settings, load_pair, load_tokenizer
 from eagle.model.locate import locate, no_head
 from eagle.model.ops import Ops, Sampling
 from eagle.model.reference_api import ReferenceMethods
@@ -28,7 +29,7 @@ from eagle.model.triton_kernels.selection import Choice, Plan
 DEFAULT_NEW_TOKENS = 512
 
 
-class EaModel(ReferenceMethods):
+class EaModel(EngineControl, ReferenceMethods):
     """A Hugging Face causal LM that generates by EAGLE speculative decoding, with its own output unchanged.
 
     Build it with `from_pretrained`, or from parts: ``EaModel(base_model, draft, tokenizer)``.
@@ -58,6 +59,7 @@ class EaModel(ReferenceMethods):
         self.kernel_plan: Plan | None = None
         self.last_stats: GenerationStats | None = None
         self._session = Session(self.target, self.ea_layer)
+        self._unfusable: str | None = None
         self.set_tree(2 if total_token == -1 else total_token, depth, top_k)
         if total_token == -1:
             self.set_tree(self._fastest_total_token(), depth, top_k)
@@ -74,6 +76,7 @@ class EaModel(ReferenceMethods):
         depth: int = 7,
         top_k: int = 10,
         threshold: float = 1.0,
+        in_memory: bool = False,
         **hf_kwargs: Any,
     ) -> EaModel:
         """Load a target and its head.
@@ -82,18 +85,23 @@ class EaModel(ReferenceMethods):
         reference's name for the last two. ea_model_path: the head's folder or hub id, "random" for an untrained one, or
         None for the registry's. use_eagle3: which kind the head must be, or None to accept what it is. total_token: -1
         measures which size is fastest here. threshold: the reference takes and never reads it; it is checked and kept.
+        in_memory: build EAGLE-3B or EAGLE-8B in (GPU) memory instead of in the cache folder first.
         hf_kwargs go to transformers' ``from_pretrained``; dtype defaults to float32 on a CPU and to the checkpoint's
         own on a GPU, where the model is put if there is one.
 
-        Raises ModelNotFoundError, DownloadError, CheckpointError, UnsupportedModelError or InvalidInputError.
+        Raises ModelNotFoundError, DownloadError, CheckpointError, UnsupportedModelError, InvalidInputError or, before
+        weights are read that can't fit, OutOfMemoryError.
         """
         location = locate(
-            name_or_path, ea_model_path, base_model_path=base_model_path, revision=hf_kwargs.get("revision")
+            name_or_path,
+            ea_model_path,
+            base_model_path=base_model_path,
+            revision=hf_kwargs.get("revision"),
+            in_memory=in_memory,
         )
         if location.draft is None:
             raise no_head(location.base)
-        base_model = load_target(location.base, hf_kwargs)
-        draft, notes = load_draft_model(location.draft, base_model, use_eagle3, hf_kwargs)
+        base_model, draft, notes = load_pair(location, use_eagle3, hf_kwargs)
         tree = {"total_token": total_token, "depth": depth, "top_k": top_k, "threshold": threshold}
         model = cls(base_model, draft, load_tokenizer(location.base, hf_kwargs), **tree)
         model.draft_notes = notes
@@ -129,7 +137,8 @@ class EaModel(ReferenceMethods):
         self.target.ops = ops
 
     def kernel_report(self) -> list[Choice]:
-        """Which implementation serves each op with the present tree, and why. ``str`` of an entry is a line of text."""
+        """Which implementation serves each op with the present tree, and why, and how a step runs. ``str`` of an entry is
+        a line of text."""
         draft, tree = self.ea_layer.config, self.tree_shape
         layers = [*self.target.layer_shapes, *self.ea_layer.layer_shapes]
         sizes = {
@@ -140,7 +149,14 @@ class EaModel(ReferenceMethods):
             "nodes": tree.total_token,
             "path": tree.path,
         }
-        return report(self.ops, self.kernel_plan, sizes)
+        steps = Choice("step", *self._session.engine_choice())
+        route = (
+            ("fused", "a Llama-like target")
+            if self.target.fused is not None
+            else ("modules", self._unfusable or "as loaded")
+        )
+        target = Choice("target", *route)
+        return [*report(self.ops, self.kernel_plan, sizes), steps, target]
 
     def set_tree(self, total_token: int, depth: int, top_k: int) -> None:
         """Change the draft tree's shape for later calls. Raises InvalidInputError for one that can't be built."""
@@ -175,6 +191,8 @@ class EaModel(ReferenceMethods):
         uniforms = None
         if not sampling.greedy:
             uniforms = _uniforms(len(prompts), max(budgets) + self.tree_shape.path, generator, seed).to(self.device)
+        if not self._weights_in_place():
+            self.configure_engine(self.engine)
         stats = GenerationStats()
         self.last_stats = stats
         return self._session.run(

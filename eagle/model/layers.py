@@ -1,4 +1,4 @@
-"""The decoder's own pieces in plain PyTorch: norms, RoPE with the cache append, SwiGLU, linear."""
+"""The decoder's own pieces in plain PyTorch: norms, RoPE with the cache append, SwiGLU, and the linears with these."""
 
 from __future__ import annotations
 
@@ -21,6 +21,18 @@ def add_rms_norm(
     """``(rms_norm(x + residual), x + residual)``."""
     total = x + residual
     return rms_norm(total, weight, eps), total
+
+
+def cat_rms_norm(
+    first: torch.Tensor,
+    first_weight: torch.Tensor,
+    second: torch.Tensor,
+    second_weight: torch.Tensor,
+    first_eps: float,
+    second_eps: float,
+) -> torch.Tensor:
+    """``cat(rms_norm(first, first_weight), rms_norm(second, second_weight))``. [..., K] twice → [..., 2 K]."""
+    return torch.cat((rms_norm(first, first_weight, first_eps), rms_norm(second, second_weight, second_eps)), dim=-1)
 
 
 def rope_append(
@@ -51,9 +63,62 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``x @ weight.T + bias``. x: [..., K]; weight: [N, K]; bias: [N]. Returns [..., N]."""
-    return F.linear(x, weight, bias)
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    scale: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 0.0,
+) -> torch.Tensor:
+    """``x @ weight.T + bias``, then ``+ residual``; with ``norm_weight`` of ``rms_norm(x, norm_weight, eps)``.
+
+    x: [..., K]; weight: [N, K], of x's dtype or of one byte a value with ``scale`` [N] float32 (`quantize_weight`);
+    bias: [N]; residual: [..., N]; norm_weight: [K]. Returns [..., N].
+    """
+    if norm_weight is not None:
+        x = rms_norm(x, norm_weight, eps)
+    if scale is not None:
+        weight = (weight.float() * scale[:, None]).to(x.dtype)
+    out = F.linear(x, weight, bias)
+    return out if residual is None else out + residual
+
+
+def gate_up_swiglu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    scale: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 0.0,
+) -> torch.Tensor:
+    """``silu(x @ gate.T) · (x @ up.T)``. weight: [2 I, K], rows of gate and up in turn; bias and scale, [2 I], alike.
+
+    x: [..., K]. Returns [..., I]. The rest is as in `linear`.
+    """
+    both = linear(x, weight, bias, scale=scale, norm_weight=norm_weight, eps=eps)
+    return swiglu(both[..., 0::2], both[..., 1::2])
+
+
+def linear_add_rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+    bias: torch.Tensor | None = None,
+    *,
+    scale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(rms_norm(total, norm_weight, eps), total)`` with ``total = linear(x, weight, bias) + residual``.
+
+    x: [..., K]; weight: [N, K]; residual: [..., N]; norm_weight: [N]. Returns two [..., N].
+    """
+    total = linear(x, weight, bias, scale=scale, residual=residual)
+    return rms_norm(total, norm_weight, eps), total
 
 
 def _rotate_half(x: torch.Tensor) -> torch.Tensor:

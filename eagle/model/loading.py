@@ -11,29 +11,57 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from eagle.errors import CheckpointError, EagleError, ModelNotFoundError
+from eagle.errors import CheckpointError, EagleError, InvalidInputError, ModelNotFoundError
 from eagle.model.checkpoint_files import listed, read_tensors
 from eagle.model.checkpoints import DraftState, default_draft_config, load_draft, random_draft
 from eagle.model.draft_config import TargetSpec
 from eagle.model.drafts import DraftModel
 from eagle.model.hub import ensure_local
-from eagle.model.locate import RANDOM_DRAFT
+from eagle.model.locate import RANDOM_DRAFT, ModelLocation
+from eagle.model.memory import check_memory
+from eagle.model.widened import build_in_memory
+
+
+def load_pair(
+    location: ModelLocation, use_eagle3: bool | None = None, hf_kwargs: dict[str, Any] | None = None
+) -> tuple[PreTrainedModel, DraftModel, list[str]]:
+    """Target and head of a location that names both, and the conventions the head's loading resolved, a line each.
+
+    A pair that is to be built in memory is: dtype, device_map (one device) and attn_implementation are then the options,
+    with `load_target`'s defaults. Raises what `load_target` and `load_draft_model` raise.
+    """
+    hf_kwargs = hf_kwargs or {}
+    if location.widen is None:
+        base_model = load_target(location.base, hf_kwargs)
+        return base_model, *load_draft_model(location.draft, base_model, use_eagle3, hf_kwargs)
+    options = _load_options(hf_kwargs)
+    device, dtype = _one_device(options.pop("device_map", None)), _as_dtype(options.pop("dtype")) or torch.bfloat16
+    attention = options.pop("attn_implementation", None)
+    if options or device is None:
+        odd = listed(sorted(options)) if options else f"device_map={hf_kwargs['device_map']!r}"
+        raise InvalidInputError(f"in_memory=True takes dtype, one device as device_map, attn_implementation, not {odd}")
+    name = location.preset.name
+    base_model, state = build_in_memory(name, location.widen, device=device, dtype=dtype, attn_implementation=attention)
+    if location.draft == str(location.widen.head):
+        if use_eagle3 is False:
+            raise CheckpointError(f"the head of {name} is an EAGLE-3 head, but use_eagle3=False was given")
+        return base_model, build_draft(state), state.notes
+    return base_model, *load_draft_model(location.draft, base_model, use_eagle3, hf_kwargs)
 
 
 def load_target(source: str, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
     """The causal LM of a folder or hub id, by transformers' own classes.
 
-    Without ``dtype`` or ``device_map``: float32 on a CPU, the checkpoint's own dtype on the first GPU.
+    Without ``dtype`` or ``device_map``: float32 on a CPU, the checkpoint's own dtype on the first GPU. Weights that can't
+    fit one device are refused before they are read (OutOfMemoryError).
     """
     # A mismatch is then reported like a missing tensor, by name and with both shapes, and refused below.
-    options = {"ignore_mismatched_sizes": True, **hf_kwargs}
-    if "torch_dtype" in options:  # the reference's spelling; transformers 5 says dtype
-        options["dtype"] = options.pop("torch_dtype")
-    on_gpu = torch.cuda.is_available()
-    options.setdefault("dtype", "auto" if on_gpu else torch.float32)
-    if on_gpu:
-        options.setdefault("device_map", {"": 0})
+    options = {"ignore_mismatched_sizes": True, **_load_options(hf_kwargs)}
     folder = ensure_local(source, "target model", **_hub_options(hf_kwargs))
+    device = _one_device(options.get("device_map"))
+    # What a quantisation on loading or a GGUF file makes of the weights is not known beforehand.
+    if device is not None and not {"quantization_config", "gguf_file"} & options.keys():
+        check_memory(folder, _as_dtype(options["dtype"]), device)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     except SafetensorError as error:
@@ -142,6 +170,38 @@ def build_draft(state: DraftState) -> DraftModel:
         )
     model.load_state_dict(state.tensors, strict=True, assign=True)
     return model.requires_grad_(False)
+
+
+def _load_options(hf_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """transformers' keyword arguments with the defaults for this machine."""
+    options = dict(hf_kwargs)
+    if "torch_dtype" in options:  # the reference's spelling; transformers 5 says dtype
+        options["dtype"] = options.pop("torch_dtype")
+    on_gpu = torch.cuda.is_available()
+    options.setdefault("dtype", "auto" if on_gpu else torch.float32)
+    if on_gpu:
+        options.setdefault("device_map", {"": 0})
+    return options
+
+
+def _one_device(device_map: Any) -> torch.device | None:
+    """The device that a ``device_map`` puts the whole model on; None where it may take several."""
+    if isinstance(device_map, dict):
+        device_map = device_map[""] if set(device_map) == {""} else "auto"
+    if device_map is None:
+        return torch.device("cpu")
+    if isinstance(device_map, int):
+        return torch.device("cuda", device_map)
+    try:
+        return torch.device(device_map)
+    except (RuntimeError, TypeError):  # auto, balanced, …: transformers judges them
+        return None
+
+
+def _as_dtype(dtype: Any) -> torch.dtype | None:
+    """A dtype from its name; None for the checkpoint's own ("auto") and for what transformers will refuse."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    return found if isinstance(found, torch.dtype) else None
 
 
 def _hub_options(hf_kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from pathlib import Path
 from eagle.errors import InvalidInputError, ModelNotFoundError
 from eagle.model.embedded import ensure_embedded
 from eagle.model.hub import check_model_folder, ensure_local, looks_like_hub_id
-from eagle.model.presets import DEFAULT_MODEL, Preset, find_preset, heads_for, hint
+from eagle.model.presets import DEFAULT_MODEL, PRESETS, Preset, find_preset, heads_for, hint
+from eagle.model.widened import SmallPair
+from eagle.model.widened_folder import ensure_widened
 
 __all__ = ["RANDOM_DRAFT", "ModelLocation", "ensure_local", "locate", "no_head"]
 
@@ -30,6 +32,8 @@ class ModelLocation:
     draft_is_untrained: bool = False
     revision: str | None = None
     """Branch, tag or commit of ``base`` on the hub."""
+    widen: SmallPair | None = None
+    """What the preset is to be built from in memory; ``base`` and ``draft`` then name this pair's folders."""
 
 
 def locate(
@@ -38,6 +42,7 @@ def locate(
     *,
     base_model_path: str | os.PathLike[str] | None = None,
     revision: str | None = None,
+    in_memory: bool = False,
     progress: bool = True,
 ) -> ModelLocation:
     """Resolve a target and a head.
@@ -45,12 +50,14 @@ def locate(
     The target is ``name_or_path`` or ``base_model_path`` (the reference's name for it), or the default model: a preset
     (in any case; write ``./NAME`` for a folder of that name), a model folder, a folder written by ``eagle fetch --out``
     (it brings its head along), or a hub id. ``ea_model_path`` is a folder, a hub id or "random", and goes before the
-    preset's head. The embedded model is made if it is missing; hub ids are not looked up.
+    preset's head. The embedded and the widened models are made if they are missing, with ``in_memory`` only the former;
+    hub ids are not looked up.
 
     Raises:
         ModelNotFoundError: nothing usable is there; the message names what is missing, or near matches.
-        InvalidInputError: two different targets are given.
-        DownloadError, OutOfMemoryError, EagleError: see :func:`eagle.model.embedded.ensure_embedded`.
+        InvalidInputError: two different targets are given, or one to build in memory that is not built.
+        DownloadError, OutOfMemoryError, EagleError: see :func:`eagle.model.embedded.ensure_embedded` and
+            :func:`eagle.model.widened_folder.ensure_widened`.
     """
     given = [os.fspath(value) for value in (name_or_path, base_model_path) if value is not None]
     if len(set(given)) > 1:
@@ -58,7 +65,12 @@ def locate(
     name = given[0] if given else DEFAULT_MODEL
     draft = None if ea_model_path is None else _locate_draft(os.fspath(ea_model_path))
 
-    preset = find_preset(name)
+    preset, widen = find_preset(name), None
+    if in_memory and (preset is None or preset.origin != "widened"):
+        built = " and ".join(known.name for known in PRESETS.values() if known.origin == "widened")
+        raise InvalidInputError(
+            f"in_memory=True is for models that are built here, {built}, not {name!r}; leave it out"
+        )
     if preset is None:
         base, own_draft = _locate_base(name)
     elif preset.origin == "hub":
@@ -66,11 +78,14 @@ def locate(
     elif preset.origin == "embedded":
         base, own_draft = str(ensure_embedded(progress=progress)), _packaged_head(preset)
     else:
-        raise ModelNotFoundError(
-            f"{preset.name} ({preset.about}) cannot be built by this version yet; use {preset.base}, its source"
-        )
+        small = _small_pair(PRESETS[preset.base], progress)
+        if in_memory:
+            widen, base, own_draft = small, str(small.target), str(small.head)
+        else:
+            folder = ensure_widened(preset.name, small, progress=progress)
+            base, own_draft = str(folder / "target"), str(folder / "head")
     draft = own_draft if draft is None else draft
-    return ModelLocation(base, draft, preset, draft_is_untrained=draft == RANDOM_DRAFT, revision=revision)
+    return ModelLocation(base, draft, preset, draft == RANDOM_DRAFT, revision, widen)
 
 
 def no_head(base: str) -> ModelNotFoundError:
@@ -113,6 +128,11 @@ def _packaged_head(preset: Preset) -> str:
     """The head that ships in the package; "random" in a version that ships none."""
     folder = ASSETS / preset.draft
     return str(check_model_folder(folder, "head")) if folder.exists() else RANDOM_DRAFT
+
+
+def _small_pair(preset: Preset, progress: bool) -> SmallPair:
+    """What the widened models are made from."""
+    return SmallPair(ensure_embedded(progress=progress), check_model_folder(ASSETS / preset.draft, "head"))
 
 
 def _is_path(name: str) -> bool:

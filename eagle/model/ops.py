@@ -11,7 +11,7 @@ included), W int64 mask words a row, P = depth + 2 the longest accepted path, K 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -104,6 +104,14 @@ class DecodeState:
     budget: torch.Tensor  # [B] int64: tokens still allowed
     done: torch.Tensor  # [B] bool
 
+    def load(self, other: DecodeState) -> DecodeState:
+        """Copy ``other``'s values into these tensors. Returns this state."""
+        for entry in fields(self):
+            mine, theirs = getattr(self, entry.name), getattr(other, entry.name)
+            if mine is not None:
+                mine.copy_(theirs)
+        return self
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -139,8 +147,11 @@ class Ops:
     update_inputs: Callable[..., DecodeState]
     rms_norm: Callable[..., torch.Tensor]
     add_rms_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    cat_rms_norm: Callable[..., torch.Tensor]
     swiglu: Callable[..., torch.Tensor]
     linear: Callable[..., torch.Tensor]
+    gate_up_swiglu: Callable[..., torch.Tensor]
+    linear_add_rms_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
     def replaced(self, **functions: Callable[..., Any]) -> Ops:
         """This table with some entries served by other functions."""

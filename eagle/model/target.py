@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,6 +21,9 @@ from eagle.model.hf_seams import ForwardContext, ProbeLayer, TreeCacheLayer, ser
 from eagle.model.kv_cache import KVCache, LayerShape
 from eagle.model.ops import Ops
 from eagle.model.target_support import check_attention_call, check_config, context_length, decoder_layers
+
+if TYPE_CHECKING:
+    from eagle.model.fused_target import FusedTarget
 
 
 class Target:
@@ -38,7 +41,14 @@ class Target:
         self.layers = decoder_layers(model, self.config.num_hidden_layers)
         self.context_length = context_length(self.config)
         self.layer_shapes, vocab_size = self._probe()
+        self.fused: FusedTarget | None = None
+        """The fused route, where `eagle.model.fused_target.fuse_target` has turned it on."""
         self.spec = TargetSpec(self.config.hidden_size, vocab_size, len(self.layers))
+
+    @property
+    def feature_dtype(self) -> torch.dtype:
+        """The activations' dtype, which is the tapped features'."""
+        return self.layer_shapes[0].dtype
 
     def new_cache(self, batch: int, slots: int) -> KVCache:
         """Cache memory for ``batch`` sequences of at most ``slots`` positions, tree included."""
@@ -49,6 +59,12 @@ class Target:
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """The model's input embeddings of ``tokens`` [...], as [..., hidden]."""
         return self.model.get_input_embeddings()(tokens.to(self.device))
+
+    def unfuse(self) -> None:
+        """Go back to the general route, and give the model's parameters memory of their own. Twice does no harm."""
+        fused, self.fused = self.fused, None
+        if fused is not None:
+            fused.release()
 
     @torch.no_grad()
     def forward(
@@ -61,16 +77,21 @@ class Target:
         tree_words: torch.Tensor | None = None,
         slots: int | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        ops: Ops | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run new rows over the cache: logits [B, T or kept, V] and features [B, T, F].
 
         tokens: [B, T]; kv_len: [B]; depths: [B, T] node depths with ``tree_words`` [B, T, W], or None for a causal
-        chunk; slots: a bound the caller knows on the cache slots in use; logits_to_keep as in transformers.
+        chunk; slots: a bound the caller knows on the cache slots in use; logits_to_keep as in transformers; ops: the
+        table for this pass, or None for the model's.
         """
+        if self.fused is not None:
+            rows = {"depths": depths, "tree_words": tree_words, "slots": slots}
+            return self.fused.forward(tokens, cache, kv_len, **rows, logits_to_keep=logits_to_keep, ops=ops)
         offsets = torch.arange(tokens.shape[1], device=tokens.device) if depths is None else depths
         # Nodes beyond the context can never be committed; the clamp keeps learned position tables in range.
         positions = (kv_len[:, None] + offsets).clamp(max=self.context_length - 1)
-        context = ForwardContext(self.ops, kv_len, tree_words, cache.slots if slots is None else slots)
+        context = ForwardContext(ops or self.ops, kv_len, tree_words, cache.slots if slots is None else slots)
         taps: dict[int, torch.Tensor] = {}
         with serving(self.model, self.config, context), self._tapping(taps):
             logits = self.model(
@@ -119,6 +140,7 @@ class Target:
                 "whose transformers class supports both"
             ) from error
         check_attention_call(self.model, self.config, context.calls or [])
+        self.windows: list[int | None] = [call.get("sliding_window") for call in context.calls or []]
         missing = [index for index, layer in enumerate(layers) if layer.shape is None]
         if missing:
             raise UnsupportedModelError(

@@ -2,7 +2,16 @@
 
 from eagle.model.attention import attention
 from eagle.model.kv_cache import kv_append, kv_compact, kv_retrieve
-from eagle.model.layers import add_rms_norm, linear, rms_norm, rope_append, swiglu
+from eagle.model.layers import (
+    add_rms_norm,
+    cat_rms_norm,
+    gate_up_swiglu,
+    linear,
+    linear_add_rms_norm,
+    rms_norm,
+    rope_append,
+    swiglu,
+)
 from eagle.model.ops import Ops
 from eagle.model.tree import finish_tree, grow_tree, topk_log_softmax
 from eagle.model.verify import evaluate_posterior, update_inputs
@@ -20,6 +29,9 @@ TORCH_OPS = Ops(
     update_inputs=update_inputs,
     rms_norm=rms_norm,
     add_rms_norm=add_rms_norm,
+    cat_rms_norm=cat_rms_norm,
     swiglu=swiglu,
     linear=linear,
+    gate_up_swiglu=gate_up_swiglu,
+    linear_add_rms_norm=linear_add_rms_norm,
 )

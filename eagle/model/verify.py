@@ -70,11 +70,17 @@ def draw(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 
 def update_inputs(
-    state: DecodeState, accepted: Acceptance, features: torch.Tensor | None, eos: torch.Tensor
+    state: DecodeState,
+    accepted: Acceptance,
+    features: torch.Tensor | None,
+    eos: torch.Tensor,
+    *,
+    out: DecodeState | None = None,
 ) -> DecodeState:
     """Commit the accepted tokens: cut at the first end token and at the budget, advance lengths, mark finished rows.
 
-    features: [B, N, F] of the tree's nodes or None; eos: [E] int64, may be empty.
+    features: [B, N, F] of the tree's nodes or None; eos: [E] int64, may be empty. out: static buffers to write into,
+    then returned; may be ``state`` itself.
     """
     path = accepted.nodes.shape[1]
     step = torch.arange(path, device=state.root.device)
@@ -87,7 +93,7 @@ def update_inputs(
     budget = state.budget - count
     if features is not None:
         features = features.gather(1, accepted.nodes[..., None].expand(-1, -1, features.shape[-1]))
-    return DecodeState(
+    new = DecodeState(
         kv_len=state.kv_len + count,
         root=torch.where(count > 0, last, state.root),
         tokens=accepted.tokens,
@@ -97,6 +103,7 @@ def update_inputs(
         budget=budget,
         done=state.done | (first_end < count) | (budget <= 0),
     )
+    return new if out is None else out.load(new)
 
 
 def _keep_top_k(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:

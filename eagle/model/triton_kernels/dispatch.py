@@ -7,7 +7,8 @@ takes the same way.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
@@ -28,8 +29,11 @@ MODULES = {
     "update_inputs": "update_inputs",
     "rms_norm": "norm",
     "add_rms_norm": "norm",
+    "cat_rms_norm": "norm",
     "swiglu": "mlp",
     "linear": "linear",
+    "gate_up_swiglu": "linear",
+    "linear_add_rms_norm": "linear",
 }
 """The module of this package that holds each op's kernel, under the op's name."""
 
@@ -67,8 +71,12 @@ def _norm(x, *_, **__):
     return {"width": x.shape[-1]}
 
 
-def _linear(x, weight, bias=None):
+def _linear(x, weight, *_, **__):
     return {"rows": x.numel() // weight.shape[1]}
+
+
+def _linear_add_rms_norm(x, weight, *_, **__):
+    return {"rows": x.numel() // weight.shape[1], "width": weight.shape[0]}
 
 
 SIZES: dict[str, Callable[..., dict[str, int]]] = {
@@ -81,7 +89,10 @@ SIZES: dict[str, Callable[..., dict[str, int]]] = {
     "update_inputs": _update_inputs,
     "rms_norm": _norm,
     "add_rms_norm": _norm,
+    "cat_rms_norm": _norm,
     "linear": _linear,
+    "gate_up_swiglu": _linear,
+    "linear_add_rms_norm": _linear_add_rms_norm,
 }
 """The sizes of a call that a bound may name. Ops without an entry have no bounds."""
 
@@ -124,6 +135,22 @@ def choose_ops(plan: Plan, sizes: Mapping[str, int] | None = None) -> tuple[Ops,
                 op, kernel(op), getattr(TORCH_OPS, op), bounds(op, plan.hardware, plan.wanted(op)), plan
             )
     return TORCH_OPS.replaced(**served), [choice for op in OPS for choice in plan.choices(op, sizes or {})]
+
+
+@lru_cache(maxsize=32)
+def decoding_ops(ops: Ops) -> Ops:
+    """A table for decoding steps: the matrix products' kernels serve any number of rows, not only their best 64.
+
+    The library's result for a row depends on how many rows there are; the kernels' does not. So a batch of trees gets
+    the bits of plain decoding although the library would be faster. Entries that are no `Served` stay as they are, and
+    the same table comes back for the same ``ops``.
+    """
+    found = {}
+    for op in OPS:
+        served = getattr(ops, op)
+        if isinstance(served, Served) and any(bound.size == "rows" for bound in served.bounds):
+            found[op] = replace(served, bounds=tuple(bound for bound in served.bounds if bound.size != "rows"))
+    return ops.replaced(**found) if found else ops
 
 
 def report(ops: Ops, plan: Plan | None, sizes: Mapping[str, int]) -> list[Choice]:

@@ -1,6 +1,8 @@
-"""Kernels on, kernels off: one call each. Target and draft read their ops from one table, which is what is swapped.
+"""Kernels on, kernels off: one call each. Target and draft read their ops from one table, which is what is swapped; on a
+GPU the steps are captured too.
 
-Nothing else of the model changes: no module, weight or attention setting of the target, quantised or not.
+No module or attention setting of the target changes, and no weight's values; fusing packs the weights of a Llama-like
+target and leaves its parameters as views of them.
 """
 
 from __future__ import annotations
@@ -9,12 +11,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from eagle.engine.settings import EngineSettings
 from eagle.errors import InvalidInputError
 from eagle.model.ea_model import EaModel
 from eagle.model.ops import Ops
 from eagle.model.triton_kernels.dispatch import Served, choose_ops
 from eagle.model.triton_kernels.hardware import hardware
 from eagle.model.triton_kernels.selection import DTYPES, OPS, Plan, check_names, from_environment
+
+ENGINE = "engine"
+"""The key of the engine's former settings among the original methods."""
 
 
 def optimize_eagle_with_triton(
@@ -23,18 +29,27 @@ def optimize_eagle_with_triton(
     ops: Ops | None = None,
     kernels: str | None = None,
     overrides: Mapping[str, str] | None = None,
+    engine: str = "auto",
+    fused: str = "auto",
+    exact: bool = True,
+    draft_dtype: str | None = None,
 ) -> tuple[EaModel, dict[str, Callable[..., Any]]]:
-    """Have Triton kernels serve the ops of target and draft, where they can and should; the next generation uses them.
+    """Have Triton kernels serve the ops of target and draft, where they can and should, and on a GPU replay each step as
+    one CUDA graph; the next generation uses them.
 
     kernels: "auto" (what is fastest here; PyTorch where there is no GPU), "triton" or "torch", for all ops; overrides:
     the same for single ones, by name. What is left out comes from EAGLE_KERNELS and EAGLE_KERNELS_<OP>. ops: a table of
-    your own to serve instead. Returns the model itself and, for each op that changed, the function that served before,
-    for `restore_eagle`. `EaModel.kernel_report` tells what serves now.
+    your own to serve instead. engine, fused, exact, draft_dtype: see `eagle.engine.settings.EngineSettings`; where all
+    ops are PyTorch's, "auto" leaves engine and target as they are. Returns the model itself and, for each op that
+    changed, the function that served before, with the engine's former settings, for `restore_eagle`.
+    `EaModel.kernel_report` tells what serves now.
 
-    Raises TypeError for something that is no EaModel, and InvalidInputError for a name that does not exist and for
-    "triton" where no kernel can run. The model is then as it was.
+    Raises TypeError for something that is no EaModel, InvalidInputError for a name that does not exist, for "triton"
+    where no kernel can run and while a generation is open, and UnsupportedModelError for ``fused="on"`` where the target
+    can't be. The model is then as it was.
     """
     _check_model(model, "optimize_eagle_with_triton")
+    settings = EngineSettings(engine, fused, exact, draft_dtype)
     if ops is not None and not isinstance(ops, Ops):
         raise TypeError(f"ops is a {type(ops).__name__}; expected an eagle.model.ops.Ops table, or None")
     if ops is not None and (kernels is not None or overrides is not None):
@@ -43,7 +58,11 @@ def optimize_eagle_with_triton(
     if ops is None:
         plan = plan_for(model, kernels, overrides)
         ops, _ = choose_ops(plan)
-    replaced = {}
+    settings = _settled(settings, model, ops)
+    replaced: dict[str, Callable[..., Any]] = {}
+    if settings != model.engine:
+        replaced[ENGINE] = model.engine
+        model.configure_engine(settings)
     for op in OPS:
         before, new = getattr(model.ops, op), getattr(ops, op)
         if new is before:
@@ -68,8 +87,14 @@ def restore_eagle(model: EaModel, original_methods: Mapping[str, Callable[..., A
             f"original_methods is a {type(original_methods).__name__}; expected the mapping of op names to functions "
             "that optimize_eagle_with_triton returned"
         )
-    check_names("auto", dict.fromkeys(original_methods, "auto"))
-    originals = {op: _still_in(function) for op, function in original_methods.items()}
+    before = original_methods.get(ENGINE)
+    if before is not None and not isinstance(before, EngineSettings):
+        raise TypeError(f"original_methods[{ENGINE!r}] is a {type(before).__name__}; expected EngineSettings")
+    functions = {op: function for op, function in original_methods.items() if op != ENGINE}
+    check_names("auto", dict.fromkeys(functions, "auto"))
+    if before is not None:
+        before(model)
+    originals = {op: _still_in(function) for op, function in functions.items()}
     for op, original in originals.items():
         current = getattr(model.ops, op)
         while isinstance(current, Served) and current is not original:
@@ -90,6 +115,18 @@ def plan_for(model: EaModel, kernels: str | None = None, overrides: Mapping[str,
     single |= overrides or {}
     check_names(request, single)
     return Plan(hardware({layer.device for layer in layers} | {model.device}), dtype, request, single)
+
+
+def _settled(settings: EngineSettings, model: EaModel, ops: Ops) -> EngineSettings:
+    """The settings in force: on a CPU, and where no kernel serves, "auto" means as the model was loaded."""
+    triton = any(isinstance(getattr(ops, op), Served) for op in OPS)
+    if triton and model.device.type == "cuda":
+        return settings
+    plain = EngineSettings()
+    engine = plain.engine if settings.engine == "auto" else settings.engine
+    fused = plain.fused if settings.fused == "auto" else settings.fused
+    exact = settings.exact and engine != plain.engine
+    return EngineSettings(engine, fused, exact, settings.draft_dtype)
 
 
 def _check_model(model: Any, caller: str) -> None:

@@ -52,6 +52,9 @@ class Bound:
     reason: str  # why PyTorch serves those beyond
 
 
+FEW_ROWS = Bound("rows", 64, "the kernel is made for up to 64 rows; the library is faster on more")
+"""`dispatch.decoding_ops` lifts it: the kernel is right for any number of rows."""
+
 LIMITS: dict[str, tuple[Bound, ...]] = {
     "attention": (Bound("head_size", 256, "the kernel takes head sizes up to 256"),),
     "kv_compact": (Bound("path", 64, "the kernel takes paths of up to 64 nodes"),),
@@ -68,7 +71,10 @@ LIMITS: dict[str, tuple[Bound, ...]] = {
     "update_inputs": (Bound("path", 256, "the kernel takes paths of up to 256 nodes"),),
     "rms_norm": (Bound("width", 32768, "the kernel takes rows of up to 32,768 values"),),
     "add_rms_norm": (Bound("width", 32768, "the kernel takes rows of up to 32,768 values"),),
-    "linear": (Bound("rows", 64, "the kernel is made for up to 64 rows; the library is faster on more"),),
+    "cat_rms_norm": (Bound("width", 32768, "the kernel takes rows of up to 32,768 values"),),
+    "linear": (FEW_ROWS,),
+    "gate_up_swiglu": (FEW_ROWS,),
+    "linear_add_rms_norm": (FEW_ROWS, Bound("width", 32768, "the kernel takes rows of up to 32,768 values")),
 }
 """What the kernels take. Sizes are those of `CASES` and `dispatch.SIZES`; the numbers are the kernels' own."""
 
@@ -85,6 +91,8 @@ served by its kernel at every size; a bound of -1 gives every call to PyTorch.""
 CASES: dict[str, dict[str, dict[str, int]]] = {
     "attention": {"decoding and trees": {"causal_rows": 1}, "prompts": {"causal_rows": 512}},
     "linear": {"up to 64 rows": {"rows": 64}, "more rows": {"rows": 512}},
+    "gate_up_swiglu": {"up to 64 rows": {"rows": 64}, "more rows": {"rows": 512}},
+    "linear_add_rms_norm": {"up to 64 rows": {"rows": 64}, "more rows": {"rows": 512}},
 }
 """Ops whose calls differ within a run, in words and by an example of the sizes."""
 

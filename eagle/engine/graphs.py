@@ -1,0 +1,126 @@
+"""A step at fixed addresses, captured as one CUDA graph and replayed.
+
+Everything a step reads or writes lies in buffers that stay: caches, decode state, end tokens, uniform numbers. Lengths
+are read on the device and the cache's full size bounds the grids, so one capture serves every length. What a call
+brings (prompt state, end tokens, uniforms) is copied in before its first replay.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from eagle.engine.state import Run, StaticState, slots_beyond
+from eagle.engine.step import step
+from eagle.model.ops import DecodeState
+
+WARM_UPS = 2
+"""Passes before the capture: the first compiles kernels and makes library handles, the second finds nothing left to
+make."""
+
+END_TOKENS = 16
+"""Room for end tokens; the rest is -1, which no token is. More than these take their own capture."""
+
+
+@dataclass(frozen=True)
+class StepKey:
+    """What a captured step is made for. Two calls with equal keys share one capture."""
+
+    batch: int
+    nodes: int
+    rows: int
+    shape: object
+    sampling: object
+    ops: object
+    end_tokens: int
+    caches: int  # identity
+    draft: int  # identity, 0 without
+
+    @classmethod
+    def of(cls, run: Run) -> StepKey:
+        """The key of a call's run."""
+        return cls(
+            batch=run.caches.target.batch,
+            nodes=run.nodes,
+            rows=run.rows,
+            shape=run.shape if run.draft is not None or run.pad_rows else None,
+            sampling=run.sampling,
+            ops=run.ops,
+            end_tokens=max(END_TOKENS, run.eos.numel()),
+            caches=id(run.caches),
+            draft=id(run.draft) if run.draft is not None else 0,
+        )
+
+
+class StaticStep:
+    """One step over static buffers. On a CUDA device with ``capture`` it is a graph; otherwise the same ops in turn."""
+
+    def __init__(self, run: Run, *, capture: bool, pool: tuple[int, int] | None = None) -> None:
+        device = run.target.device
+        batch = run.caches.target.batch
+        eos = torch.full((max(END_TOKENS, run.eos.numel()),), -1, dtype=torch.int64, device=device)
+        uniforms = None
+        if run.uniforms is not None:
+            uniforms = torch.zeros(batch, run.caches.slots + run.path, dtype=run.uniforms.dtype, device=device)
+        self.run = replace(run, eos=eos, uniforms=uniforms)
+        self.static = StaticState.like(self._idle_state())
+        self._graph: torch.cuda.CUDAGraph | None = None
+        started = time.perf_counter()
+        if capture:
+            self._capture(pool)
+        self.seconds = time.perf_counter() - started
+
+    def prepare(self, run: Run) -> Run:
+        """Take over a call's end tokens and uniforms. Returns the run to prefill with, at this step's addresses."""
+        self.run.eos.fill_(-1)
+        self.run.eos[: run.eos.numel()].copy_(run.eos)
+        if self.run.uniforms is not None and run.uniforms is not None:
+            count = min(self.run.uniforms.shape[1], run.uniforms.shape[1])
+            self.run.uniforms[:, :count].copy_(run.uniforms[:, :count])
+        return self.run
+
+    def replay(self) -> None:
+        """Queue one step."""
+        if self._graph is None:
+            self._body()
+        else:
+            self._graph.replay()
+
+    def _body(self) -> None:
+        step(self.run, self.static.state, self.run.caches.slots, out=self.static.state)
+
+    def _capture(self, pool: tuple[int, int] | None) -> None:
+        stream = torch.cuda.Stream(self.run.target.device)
+        stream.wait_stream(torch.cuda.current_stream(self.run.target.device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                self._body()
+        torch.cuda.current_stream(self.run.target.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            self._body()
+        self._graph = graph
+
+    def _idle_state(self) -> DecodeState:
+        """A state whose rows are all done, at the end of the caches: warming up there spoils no prefix."""
+        run, device = self.run, self.run.target.device
+        batch = run.caches.target.batch
+        end = run.caches.slots - slots_beyond(run.shape, run.draft is not None, run.pad_rows)
+        zeros = torch.zeros(batch, dtype=torch.int64, device=device)
+        features = None
+        if run.draft is not None:
+            config = run.draft.config
+            dtype = run.target.feature_dtype
+            features = torch.zeros(batch, run.path, config.feature_size, dtype=dtype, device=device)
+        return DecodeState(
+            kv_len=zeros + end,
+            root=zeros.clone(),
+            tokens=zeros[:, None].repeat(1, run.path),
+            features=features,
+            count=zeros.clone(),
+            generated=zeros.clone(),
+            budget=zeros.clone(),
+            done=torch.ones(batch, dtype=torch.bool, device=device),
+        )

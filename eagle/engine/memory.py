@@ -1,0 +1,69 @@
+"""What a run will need, counted before it is taken."""
+
+from __future__ import annotations
+
+import torch
+
+from eagle.engine.state import padded_rows
+from eagle.errors import OutOfMemoryError
+from eagle.model.drafts import DraftModel
+from eagle.model.fused_draft import FusedDraft
+from eagle.model.ops import TreeShape
+from eagle.model.target import Target
+
+GIB = 2**30
+
+RESERVE = 256 << 20
+"""Bytes left for kernels' code and libraries' handles, measured by no one exactly."""
+
+
+def cache_bytes(target: Target, draft: DraftModel | FusedDraft, batch: int, slots: int) -> int:
+    """The KV caches of target and draft."""
+    return sum(layer.bytes for layer in [*target.layer_shapes, *draft.layer_shapes]) * batch * slots
+
+
+def step_bytes(target: Target, batch: int, shape: TreeShape) -> int:
+    """The largest tensors of a step: logits twice (a sampled step makes a float32 copy), and the layers' activations."""
+    rows = batch * padded_rows(shape)
+    width = target.spec.hidden_size
+    size = target.feature_dtype.itemsize
+    return rows * (target.spec.vocab_size * (size + 4) + 32 * width * size)
+
+
+def check_fits(target: Target, draft: DraftModel | FusedDraft, batch: int, slots: int, shape: TreeShape) -> None:
+    """Raise OutOfMemoryError if a run can't fit on its CUDA device, before anything is allocated."""
+    if target.device.type != "cuda":
+        return
+    need = cache_bytes(target, draft, batch, slots) + step_bytes(target, batch, shape)
+    free, _ = torch.cuda.mem_get_info(target.device)
+    free += torch.cuda.memory_reserved(target.device) - torch.cuda.memory_allocated(target.device)
+    if need + RESERVE > free:
+        raise too_large(target, draft, batch, slots, shape, free)
+
+
+def too_large(
+    target: Target, draft: DraftModel | FusedDraft, batch: int, slots: int, shape: TreeShape, free: int | None = None
+) -> OutOfMemoryError:
+    """The error for a run that does not fit, with what would help most named first."""
+    caches, rest = cache_bytes(target, draft, batch, slots), step_bytes(target, batch, shape)
+    there = "more than is free" if free is None else f"and {free / GIB:.1f} GiB are free"
+    lower = "max_new_tokens, max_length or the batch" if caches >= rest else "the tree's total_token or the batch"
+    return OutOfMemoryError(
+        f"{batch} sequences of {slots} positions need {caches / GIB:.1f} GiB for the KV caches and {rest / GIB:.1f} GiB "
+        f"for a step of {shape.total_token} nodes, {there}; lower {lower}"
+    )
+
+
+def roomy_slots(target: Target, draft: DraftModel | FusedDraft, batch: int, slots: int, most: int) -> int:
+    """Slots to allocate where a captured step is bound to its caches: the next power of two, so that few captures occur,
+    unless that takes more than an eighth of the device's memory."""
+    if target.device.type != "cuda":
+        return slots
+    rounded = max(slots, min(max(1024, 1 << (slots - 1).bit_length()), most))
+    total = torch.cuda.get_device_properties(target.device).total_memory
+    return rounded if cache_bytes(target, draft, batch, rounded) * 8 <= total else slots
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """torch.OutOfMemoryError on a GPU; a CPU allocator raises the base class."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error)

@@ -1,0 +1,178 @@
+"""The draft head over packed weights: what `DraftModel` computes, in fewer launches and, if wanted, one-byte weights.
+
+The target verifies every token, so the head's rounding can't change the output, only how often its guesses are right.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from eagle.errors import InvalidInputError
+from eagle.model.draft_config import DraftConfig
+from eagle.model.drafts import DraftCall, DraftLayer, DraftModel, Norm
+from eagle.model.fused_layer import FusedLayer, LayerPass, norm_in_product
+from eagle.model.fused_support import Unfusable, is_plain_linear
+from eagle.model.fused_weights import NormWeight, PackedWeights, Product, QuantizedWeights, packing, release
+from eagle.model.kv_cache import KVCache, LayerShape
+from eagle.model.ops import Ops
+from eagle.model.rope_table import RopeTable
+
+WEIGHT_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+FP8_CAPABILITY = (8, 9)
+
+
+class FusedDraft:
+    """An attached `DraftModel` behind the same methods.
+
+    dtype: None packs the head's own weights in place (`release` undoes it); "int8" or "fp8" reads one-byte copies of
+    them, the shared lm_head's rows included, and leaves the head as it is. fold: as in `FusedTarget`.
+
+    Raises Unfusable for a head whose MLP is no SwiGLU, and InvalidInputError for another dtype or a GPU without it.
+    """
+
+    def __init__(self, draft: DraftModel, dtype: str | None = None, *, fold: bool | None = None) -> None:
+        self.draft, config = draft, draft.config
+        if any(layer.mlp.activation is not None for layer in draft.layers):
+            raise Unfusable(f"the head's activation is {config.hidden_act!r}; the fused MLP computes silu")
+        self.fold = norm_in_product(config.hidden_size) if fold is None else fold
+        self._weights: PackedWeights | None = None
+        if dtype is None:
+            with packing(draft) as weights:
+                self._weights = weights
+                self._build(weights)
+        else:
+            self._build(QuantizedWeights(_weight_dtype(dtype, draft.fc.weight.device)))
+        self._final = None if draft.norm is None else _norm(draft.norm)
+        self._target_ids = (
+            None if draft.d2t is None else draft.d2t + torch.arange(len(draft.d2t), device=draft.d2t.device)
+        )
+        self._rope = RopeTable(draft.rope, draft.fc.weight.device)
+
+    def _build(self, weights: PackedWeights | QuantizedWeights) -> None:
+        draft = self.draft
+        self._fc = weights.single(draft.fc)
+        self.layers = [_fused_layer(layer, weights) for layer in draft.layers]
+        self._head: Product | None = None
+        if draft.lm_head is not None:
+            self._head = weights.single(draft.lm_head)
+        elif draft._shared_rows is not None:
+            self._head = weights.rows(draft._shared_rows)
+        elif is_plain_linear(draft._shared_head, draft.fc.weight.dtype, draft.fc.weight.device):
+            self._head = weights.single(draft._shared_head)
+
+    @property
+    def config(self) -> DraftConfig:
+        return self.draft.config
+
+    @property
+    def layer_shapes(self) -> list[LayerShape]:
+        """`DraftModel.layer_shapes`."""
+        return self.draft.layer_shapes
+
+    def intact(self) -> bool:
+        """Whether the head still computes with the weights packed here; one-byte copies know nothing of later edits."""
+        return self._weights is None or self._weights.intact()
+
+    def release(self) -> None:
+        """Give the head's parameters memory of their own again. This object can't run afterwards."""
+        if self._weights is not None:
+            weights, self._weights = self._weights, None
+            self.layers = []
+            release(self.draft, weights)
+
+    def new_cache(self, batch: int, slots: int) -> KVCache:
+        """`DraftModel.new_cache`."""
+        self._rope.reserve(slots)
+        return self.draft.new_cache(batch, slots)
+
+    def to_target(self, ids: torch.Tensor) -> torch.Tensor:
+        """Target-vocabulary ids of draft-vocabulary ids."""
+        return ids if self._target_ids is None else self._target_ids[ids]
+
+    def rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [..., D] of ``positions`` [...], which lie below the slots of a cache that has been used."""
+        return self._rope(positions) if self._rope.rows else self.draft.rope(positions)
+
+    @torch.no_grad()
+    def fuse(self, features: torch.Tensor, ops: Ops) -> torch.Tensor:
+        """`DraftModel.fuse`."""
+        draft, features = self.draft, features.to(self.draft.fc.weight.dtype)
+        if self.config.kind == "eagle1":
+            return features
+        if draft.fc_norm is not None:
+            parts = features.split(self.config.target_hidden_size, dim=-1)
+            normed = [ops.rms_norm(part, *_norm(norm)) for norm, part in zip(draft.fc_norm, parts, strict=True)]
+            features = torch.cat(normed, dim=-1)
+        if draft.input_norm is None:
+            return self._fc(ops, features)
+        norm = _norm(draft.input_norm)
+        if norm_in_product(features.shape[-1]):
+            return self._fc(ops, features, norm=norm)
+        return self._fc(ops, ops.rms_norm(features, *norm))
+
+    @torch.no_grad()
+    def __call__(self, hidden: torch.Tensor, tokens: torch.Tensor, call: DraftCall) -> torch.Tensor:
+        """`DraftModel.forward`."""
+        ops, config = call.ops, self.config
+        self._rope.reserve(call.cache.slots)
+        embedded = self.draft._embed(tokens).to(hidden.dtype)
+        if config.kind == "eagle1":
+            hidden = self._fc(ops, torch.cat((embedded, hidden), dim=-1))
+            total, normed = hidden, hidden
+        else:
+            total, normed = self._paired(ops, hidden, embedded)
+        cos, sin = self.rope(call.positions) if call.rope is None else call.rope
+        shared = LayerPass(ops, cos, sin, call.start, call.kv_len, call.tree_words, call.slots)
+        for index, layer in enumerate(self.layers):
+            last = index + 1 == len(self.layers)
+            following = (self._final if config.norm_output else None) if last else self.layers[index + 1].input_norm
+            total, normed = layer(total, normed, call.cache.layers[index], shared, following, fold=self.fold)
+        if not config.norm_output or self._final is None:
+            return total
+        return ops.rms_norm(total, *self._final) if normed is None else normed
+
+    @torch.no_grad()
+    def logits(self, hidden: torch.Tensor, ops: Ops) -> torch.Tensor:
+        """`DraftModel.logits`."""
+        norm = None if self.config.norm_output else self._final
+        if norm is not None and (self._head is None or not self.fold):
+            hidden, norm = ops.rms_norm(hidden, *norm), None
+        if self._head is None:  # a quantised or spread target's own module
+            return self.draft._shared_head(hidden).to(hidden.device)
+        return self._head(ops, hidden, norm=norm)
+
+    def _paired(self, ops: Ops, hidden: torch.Tensor, embedded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """EAGLE-3's residual stream [B, T, H] and attention input [B, T, 2 H]."""
+        first = self.draft.layers[0]
+        left, right = _norm(first.input_layernorm), _norm(first.hidden_norm)
+        both = ops.cat_rms_norm(embedded, left.weight, hidden, right.weight, left.eps, right.eps)
+        return (both[..., hidden.shape[-1] :] if first.norm_before_residual else hidden), both
+
+
+def _fused_layer(layer: DraftLayer, weights: PackedWeights | QuantizedWeights) -> FusedLayer:
+    attention, mlp = layer.self_attn, layer.mlp
+    plain = layer.index > 0
+    return FusedLayer(
+        qkv=weights.stacked(attention.q_proj, attention.k_proj, attention.v_proj),
+        o=weights.single(attention.o_proj),
+        gate_up=weights.interleaved(mlp.gate_proj, mlp.up_proj),
+        down=weights.single(mlp.down_proj),
+        input_norm=_norm(layer.input_layernorm) if plain else None,
+        post_norm=_norm(layer.post_attention_layernorm),
+        q_heads=attention.q_proj.out_features // attention.head_dim,
+        kv_heads=attention.k_proj.out_features // attention.head_dim,
+        scale=attention.scale,
+    )
+
+
+def _norm(module: Norm) -> NormWeight:
+    return NormWeight(module.weight, module.eps)
+
+
+def _weight_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name not in WEIGHT_DTYPES:
+        raise InvalidInputError(f"draft_dtype is {name!r}; expected None, {' or '.join(map(repr, WEIGHT_DTYPES))}")
+    if name == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        found = torch.cuda.get_device_name(device)
+        raise InvalidInputError(f"draft_dtype is 'fp8', which needs compute capability 8.9; {found} has less: use int8")
+    return WEIGHT_DTYPES[name]
