@@ -34,6 +34,22 @@ NO_KERNELS = {
 }
 
 
+SHIPPED = dict(selection.MEASURED)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_measured(monkeypatch):
+    """The rules are tested without the figures that are shipped."""
+    monkeypatch.setattr(selection, "MEASURED", {})
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_measured_gpu_takes_every_kernel(op, monkeypatch):
+    monkeypatch.setattr(selection, "MEASURED", SHIPPED)
+    assert choose(op, BF16, {"causal_rows": 512}, H100).implementation == "triton"
+    assert choose(op, BF16, {}, H100).reason == "measured on NVIDIA H100"
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_auto_on_a_gpu_takes_kernels_and_says_they_are_unmeasured(op):
     choice = choose(op, BF16, {}, H100)

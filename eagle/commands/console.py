@@ -7,7 +7,7 @@ import sys
 import warnings
 from typing import TYPE_CHECKING
 
-from eagle.commands.options import Dtype, Kernels, check_kernels, parse_tree
+from eagle.commands.options import TREE_DEFAULT, DraftDtype, Dtype, Kernels, check_kernels, parse_tree
 from eagle.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     from eagle.model.ea_model import EaModel
     from eagle.model.locate import ModelLocation
+
+TREE_PROMPTS = 4
+"""Own prompts a tree is measured on."""
 
 
 def note(*texts: str) -> None:
@@ -34,7 +37,12 @@ def quiet_libraries() -> None:
 
 
 def open_model(
-    model: str, draft: str | None, tree: str, kernels: Kernels, dtype: Dtype = Dtype.auto
+    model: str,
+    draft: str | None,
+    tree: str,
+    kernels: Kernels,
+    dtype: Dtype = Dtype.auto,
+    draft_dtype: DraftDtype = DraftDtype.same,
 ) -> tuple[EaModel, list[str]]:
     """Load a target and its head. → the model, and notes for the user, to be shown once nothing can be refused.
 
@@ -63,11 +71,38 @@ def open_model(
         loaded = EaModel.from_pretrained(
             model, ea_model_path=draft, total_token=total_token, depth=depth, top_k=top_k, **options
         )
-    # auto stays on PyTorch until the kernels have been run and measured on a GPU.
-    optimize_eagle_with_triton(loaded, kernels=Kernels.torch.value if kernels is Kernels.auto else kernels.value)
     if loaded.get_tokenizer() is None:
         raise InvalidInputError(f"the model {location.base} has no tokenizer; add tokenizer.json and its config to it")
+    loaded.told = lambda line: note(line)
+    optimize_eagle_with_triton(loaded, kernels=kernels.value, draft_dtype=draft_dtype.setting)
+    if tree == TREE_DEFAULT and loaded.device.type == "cuda":
+        choose_tree(loaded)
     return loaded, draft_lines(loaded, location)
+
+
+def choose_tree(model: EaModel) -> None:
+    """Set the tree that is fastest here: measured once for a model, head and GPU, then remembered."""
+    from rich.console import Console
+
+    from eagle.bench.prompts import read_prompts
+    from eagle.commands.reply import encode_prompt, has_template
+    from eagle.engine.tree_choice import choice_key, measure_trees, remember, remembered
+    from eagle.model.embedded import cache_folder
+
+    key = choice_key(model)
+    shape = remembered(cache_folder(), key)
+    if shape is None:
+        tokenizer = model.get_tokenizer()
+        texts = [prompt.text for prompt in read_prompts()][:: 24 // TREE_PROMPTS]
+        rows = [encode_prompt(tokenizer, text, raw=not has_template(tokenizer)) for text in texts]
+        told, model.told = model.told, None
+        with Console(stderr=True).status("Measuring draft trees, once for this model and GPU") as status:
+            found = measure_trees(model, rows, told=lambda figures: status.update(f"Measuring draft trees: {figures}"))
+        model.told = told
+        shape = found[0].shape
+        remember(cache_folder(), key, shape)
+        note(f"fastest draft tree here: {found[0]}; remembered")
+    model.set_tree(shape.total_token, shape.depth, shape.top_k)
 
 
 def draft_lines(model: EaModel, location: ModelLocation) -> list[str]:

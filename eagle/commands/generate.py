@@ -12,6 +12,8 @@ from eagle.commands.console import note, open_model
 from eagle.commands.options import (
     MODEL_DEFAULT,
     TREE_DEFAULT,
+    DraftDtype,
+    DraftDtypeOption,
     DraftOption,
     Dtype,
     DtypeOption,
@@ -59,6 +61,7 @@ def generate(
     tree: TreeOption = TREE_DEFAULT,
     kernels: KernelsOption = Kernels.auto,
     dtype: DtypeOption = Dtype.auto,
+    draft_dtype: DraftDtypeOption = DraftDtype.same,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also decode plainly; print the speed-up and whether the outputs agree.")
     ] = False,
@@ -73,7 +76,7 @@ def generate(
         seed = secrets.randbelow(1 << 31)  # both runs must draw the same numbers
     settings = ReplySettings(max_new_tokens, sampling, seed)
 
-    loaded, notes = open_model(model, draft, tree, kernels, dtype)
+    loaded, notes = open_model(model, draft, tree, kernels, dtype, draft_dtype)
     tokenizer = loaded.get_tokenizer()
     if not raw and not has_template(tokenizer):
         raw = True

@@ -32,6 +32,19 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+class DraftDtype(str, Enum):
+    """The number format of the head's weights where it is not the model's own."""
+
+    same = "same"
+    int8 = "int8"
+    fp8 = "fp8"
+
+    @property
+    def setting(self) -> str | None:
+        """As `EngineSettings.draft_dtype` has it."""
+        return None if self is DraftDtype.same else self.value
+
+
 ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="A name from 'eagle models', a model folder, or a hub id.")
 ]
@@ -45,19 +58,28 @@ TopPOption = Annotated[float, typer.Option("--top-p", help="Nucleus sampling; 0 
 TopKOption = Annotated[int, typer.Option("--top-k", help="Sample from the k likeliest tokens; 0 turns it off.")]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
 TreeOption = Annotated[
-    str, typer.Option("--tree", metavar="TOTAL,DEPTH,TOPK", help="The draft tree: nodes, passes, branching.")
+    str,
+    typer.Option(
+        "--tree",
+        metavar="TOTAL,DEPTH,TOPK",
+        help="The draft tree: nodes, passes, branching. auto: on a GPU the fastest, measured once and remembered.",
+    ),
 ]
 KernelsOption = Annotated[
     Kernels, typer.Option("--kernels", envvar="EAGLE_KERNELS", help="Which implementation serves the ops.")
 ]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="auto: float32 on a CPU, the checkpoint's own on a GPU.")]
+DraftDtypeOption = Annotated[
+    DraftDtype,
+    typer.Option("--draft-dtype", help="Keep the head's weights in one byte a value; the output stays the same."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 
 MODEL_DEFAULT = DEFAULT_MODEL
 TREE_DEFAULT = "auto"
 PAPER_TREE = "60,7,10"
 GPU_TREE = (60, 7, 10)
-"""The reference's tree: on a GPU a pass over 60 rows costs what a pass over one does."""
+"""The reference's tree, until `eagle.engine.tree_choice` has measured which is fastest."""
 CPU_TREE = (8, 4, 2)
 """SmolLM2-135M in float32 on 2 cores, 4 prompts × 32 tokens: 27 tokens/s, against 25 with 8,5,2 or 10,5,2, 19 with 60,7,10
 and 21 plain."""

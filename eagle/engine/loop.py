@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from eagle.engine.graphs import StaticStep
-from eagle.engine.prefill import prefill
+from eagle.engine.prefill import Chunks, prefill
 from eagle.engine.state import Run
 from eagle.engine.steps import EagerSteps, StaticSteps, Steps
 
@@ -52,25 +52,26 @@ def decode(
     stats: GenerationStats,
     reused: int = 0,
     static: StaticStep | None = None,
+    chunks: Chunks | None = None,
 ) -> Iterator[list[list[int]]]:
     """Yield, for prefill and then for each step, the new tokens of each row (empty for a finished row).
 
-    static: the step to replay, prepared for this run; None runs each step anew. Afterwards, and after an early end,
-    ``run.caches.prefix`` holds what may be reused (single-sequence runs).
+    static: the step to replay, prepared for this run; None runs each step anew. chunks: captured prefill. Afterwards,
+    and after an early end, ``run.caches.prefix`` holds what may be reused (single-sequence runs).
     """
     run.caches.prefix = None
     started = time.perf_counter()
     lengths = [len(prompt) for prompt in prompts]
     produced: list[list[int]] = [[] for _ in prompts]
-    reusable, queued = 0, 0
+    reusable, queued, setup = 0, 0, stats.setup_seconds
     stats.prompt_tokens, stats.reused_tokens = sum(lengths), reused
     try:
-        state = prefill(run, prompts, budgets, reused)
+        state = prefill(run, prompts, budgets, reused, chunks)
         steps: Steps = EagerSteps(run, state)
         new, done = steps.read()
         if static is not None:
             steps = StaticSteps(static, state)
-        stats.prefill_seconds = time.perf_counter() - started
+        stats.prefill_seconds = time.perf_counter() - started - (stats.setup_seconds - setup)
         running = [True] * len(prompts)
         while True:
             for row, tokens in enumerate(new):

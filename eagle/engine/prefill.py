@@ -6,8 +6,11 @@ write beyond their own length is overwritten before anything can see it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
+from eagle.engine.prefill_graph import StaticPrefill
 from eagle.engine.state import Run, bounded, initial_state
 from eagle.model.drafts import DraftCall
 from eagle.model.ops import DecodeState
@@ -18,12 +21,23 @@ CHUNK = 512
 300 rows on (989 TFLOP/s over 3.35 TB/s)."""
 
 
+Chunks = Callable[[int], StaticPrefill | None]
+"""From the rows a chunk needs to a captured one that has them, or None."""
+
+
 @torch.no_grad()
-def prefill(run: Run, prompts: list[list[int]], budgets: list[int], reused: int = 0) -> DecodeState:
+def prefill(
+    run: Run, prompts: list[list[int]], budgets: list[int], reused: int = 0, chunks: Chunks | None = None
+) -> DecodeState:
     """Process the prompts from position ``reused`` on and return the state that holds each row's first new token.
 
-    budgets: new tokens allowed each row, the first included. reused: positions already valid in both caches (one row only).
+    budgets: new tokens allowed each row, the first included. reused: positions already valid in both caches (one row
+    only). chunks: captured chunks for a single sequence.
     """
+    if chunks is not None and len(prompts) == 1:
+        found = _captured(run, prompts[0], reused, chunks)
+        if found is not None:
+            return _first_token(run, prompts, budgets, *found)
     device = run.target.device
     lengths = [len(prompt) for prompt in prompts]
     longest = max(lengths)
@@ -48,13 +62,36 @@ def prefill(run: Run, prompts: list[list[int]], budgets: list[int], reused: int 
         if run.draft is not None:
             _draft_chunk(run, features, tokens, begin, end)
     logits = torch.stack([row for row in last_logits if row is not None])
+    return _first_token(run, prompts, budgets, logits, torch.stack([row for row in last_features if row is not None]))
+
+
+def _first_token(
+    run: Run, prompts: list[list[int]], budgets: list[int], logits: torch.Tensor, features: torch.Tensor
+) -> DecodeState:
+    """The state after the prompts. logits, features: [B, V] and [B, F] at each prompt's last position."""
+    device = run.target.device
     if run.sampling.greedy:
         first = logits.argmax(-1)
     else:
         first = draw(next_token_probs(logits, run.sampling), run.uniforms[:, 0])
-    features = None if run.draft is None else torch.stack([row for row in last_features if row is not None])
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     left = torch.tensor(budgets, device=device) - 1
-    return initial_state(torch.tensor(lengths, device=device), first, features, left, run.path, run.eos)
+    return initial_state(lengths, first, features if run.draft is not None else None, left, run.path, run.eos)
+
+
+def _captured(run: Run, prompt: list[int], reused: int, chunks: Chunks) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The last position's logits [1, V] and features [1, F], by captured chunks; None if one is missing."""
+    plan, begin = [], reused
+    while begin < len(prompt):
+        chunk = chunks(min(CHUNK, len(prompt) - begin))
+        if chunk is None or begin + chunk.rows > run.caches.slots:
+            return None
+        plan.append((chunk, begin))
+        begin += chunk.rows
+    logits = features = None
+    for chunk, begin in plan:
+        logits, features = chunk(prompt[begin : begin + chunk.rows + 1], begin)
+    return logits[None].clone(), features[None].clone()
 
 
 def _draft_chunk(run: Run, features: torch.Tensor, tokens: torch.Tensor, begin: int, end: int) -> None:

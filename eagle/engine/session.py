@@ -5,12 +5,15 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Generator
+from functools import partial
+from typing import Any
 
 import torch
 
 from eagle.engine.graphs import StaticStep, StepKey
 from eagle.engine.loop import GenerationStats, decode
 from eagle.engine.memory import check_fits, is_out_of_memory, roomy_slots, too_large
+from eagle.engine.prefill_graph import BUCKETS, StaticPrefill
 from eagle.engine.settings import EngineSettings
 from eagle.engine.state import Caches, Run, slots_needed
 from eagle.errors import InvalidInputError, UnsupportedModelError
@@ -36,8 +39,10 @@ class Session:
         self.settings = EngineSettings()
         self.told: Callable[[str], None] | None = None
         self.eager_reason: str | None = None
+        self.prefill_reason: str | None = None
         self._caches: Caches | None = None
         self._static: dict[StepKey, StaticStep] = {}
+        self._chunks: dict[tuple[Any, ...], StaticPrefill | None] = {}
         self._pool: tuple[int, int] | None = None
         self._decoding: tuple[Ops, Ops] | None = None
         self._lock = threading.Lock()
@@ -71,8 +76,10 @@ class Session:
                 draft = self.draft if speculative else None
                 run = Run(self.target, draft, self._step_ops(ops), shape, sampling, caches, eos, uniforms, pad_rows)
                 static = self._static_step(run, stats) if self.captures else None
+                chunks = None if static is None else partial(self._chunk, run, stats, reused)
                 try:
-                    yield from decode(static.prepare(run) if static else run, prompts, budgets, stats, reused, static)
+                    run = run if static is None else static.prepare(run)
+                    yield from decode(run, prompts, budgets, stats, reused, static, chunks)
                 except torch.OutOfMemoryError as error:
                     self.forget()
                     raise too_large(self.target, self.draft, len(prompts), needed, shape) from error
@@ -96,13 +103,18 @@ class Session:
         with self._lock:
             if draft is not self.draft:
                 self._caches = None
-            self.settings, self.draft, self.eager_reason = settings, draft, None
-            self._static.clear()
+            self.settings, self.draft = settings, draft
+            self.eager_reason = self.prefill_reason = None
+            self._drop_captures()
 
     def forget(self) -> None:
         """Give caches and captured steps back."""
-        self._static.clear()
+        self._drop_captures()
         self._caches = None
+
+    def _drop_captures(self) -> None:
+        self._static.clear()
+        self._chunks.clear()
 
     def engine_choice(self) -> tuple[str, str]:
         """How steps run, and why."""
@@ -112,6 +124,8 @@ class Session:
             return "eager", f"a capture needs a CUDA device, not {self.target.device.type}"
         if self.eager_reason is not None:
             return "eager", f"the capture failed: {self.eager_reason}"
+        if self.prefill_reason is not None:
+            return "captured", f"one CUDA graph a step; the capture of prefill failed: {self.prefill_reason}"
         return "captured", "one CUDA graph a step"
 
     def _step_ops(self, ops: Ops) -> Ops:
@@ -144,7 +158,7 @@ class Session:
                 self.forget()
                 raise too_large(self.target, self.draft, batch, slots, run.shape) from error
             except RuntimeError as error:
-                reason = str(error).strip().splitlines()[0]
+                reason = first_line(error)
                 if self.settings.engine == "captured":
                     raise UnsupportedModelError(
                         f"a step of {type(self.target.model).__name__} can't be captured ({reason}); use engine='eager'"
@@ -157,6 +171,25 @@ class Session:
                 self._static.pop(next(iter(self._static)))
         self._static[key] = found  # at the end: used last
         return found
+
+    def _chunk(self, run: Run, stats: GenerationStats, reused: int, rows: int) -> StaticPrefill | None:
+        """A captured prefill chunk of at least ``rows`` rows, made on first use; None where there is none."""
+        rows = next(bucket for bucket in BUCKETS if bucket >= rows)
+        key = (rows, run.draft is not None, run.target.ops, id(run.caches))
+        if key not in self._chunks:
+            if reused > run.caches.slots - rows:  # the warm-up would write where a reused prefix lies
+                return None
+            on_gpu = self.target.device.type == "cuda"
+            try:
+                chunk = StaticPrefill(run, rows, capture=on_gpu, pool=self._pool)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                chunk, self.prefill_reason = None, first_line(error)
+            else:
+                stats.setup_seconds += chunk.seconds
+            self._chunks[key] = chunk
+        return self._chunks[key]
 
     def _common_prefix(self, prompts: list[list[int]]) -> int:
         """Positions of a single prompt whose keys lie in both caches and stay valid. The last common one is run again:
@@ -176,7 +209,7 @@ class Session:
         old = self._caches
         if old is not None and old.target.batch == batch and old.slots >= slots:
             return old
-        self._static.clear()
+        self._drop_captures()
         if keep == 0:
             old = self._caches = None  # free before taking
         check_fits(self.target, self.draft, batch, slots, shape)
@@ -194,3 +227,8 @@ class Session:
             new.draft.carry_over(old.draft, keep)
         self._caches = new
         return new
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

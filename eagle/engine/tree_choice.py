@@ -46,6 +46,13 @@ class TreeFigures:
     ms_a_step: float
     accept_length: float
 
+    def __str__(self) -> str:
+        shape = self.shape
+        return (
+            f"{shape.total_token},{shape.depth},{shape.top_k}: {self.tokens_per_second:.0f} tokens/s, "
+            f"{self.ms_a_step:.2f} ms a step, accept length {self.accept_length:.2f}"
+        )
+
 
 def measure_trees(
     model: EaModel,

@@ -153,6 +153,7 @@ class DraftModel(nn.Module):
                 f"the head has hidden size {self.config.hidden_size} and stores no embedding or lm_head of its own, but "
                 f"the target's have width {target.spec.hidden_size}: use a head that stores both"
             )
+        self._embedding = (target.model.get_input_embeddings() if self.embed_tokens is None else self.embed_tokens,)
         self._embed = target.embed if self.embed_tokens is None else self.embed_tokens
         self._shared_rows = None
         if self.lm_head is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from eagle.engine.session import Session
 from eagle.engine.settings import EngineSettings
 from eagle.errors import EagleError, UnsupportedModelError
@@ -24,6 +26,15 @@ class EngineControl:
     def engine(self) -> EngineSettings:
         """How steps run; `configure_engine` changes it."""
         return self._session.settings
+
+    @property
+    def told(self) -> Callable[[str], None] | None:
+        """Called with a line of text before something that takes seconds, such as a capture."""
+        return self._session.told
+
+    @told.setter
+    def told(self, told: Callable[[str], None] | None) -> None:
+        self._session.told = told
 
     def configure_engine(self, settings: EngineSettings) -> None:
         """Choose how steps run, between generations. `optimize_eagle_with_triton` does this for most users.

@@ -6,11 +6,12 @@ The target verifies every token, so the head's rounding can't change the output,
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from eagle.errors import InvalidInputError
 from eagle.model.draft_config import DraftConfig
 from eagle.model.drafts import DraftCall, DraftLayer, DraftModel, Norm
-from eagle.model.fused_layer import FusedLayer, LayerPass, norm_in_product
+from eagle.model.fused_layer import FusedLayer, LayerPass
 from eagle.model.fused_support import Unfusable, is_plain_linear
 from eagle.model.fused_weights import NormWeight, PackedWeights, Product, QuantizedWeights, packing, release
 from eagle.model.kv_cache import KVCache, LayerShape
@@ -25,16 +26,15 @@ class FusedDraft:
     """An attached `DraftModel` behind the same methods.
 
     dtype: None packs the head's own weights in place (`release` undoes it); "int8" or "fp8" reads one-byte copies of
-    them, the shared lm_head's rows included, and leaves the head as it is. fold: as in `FusedTarget`.
+    them, the shared lm_head's rows included, and leaves the head as it is.
 
     Raises Unfusable for a head whose MLP is no SwiGLU, and InvalidInputError for another dtype or a GPU without it.
     """
 
-    def __init__(self, draft: DraftModel, dtype: str | None = None, *, fold: bool | None = None) -> None:
+    def __init__(self, draft: DraftModel, dtype: str | None = None) -> None:
         self.draft, config = draft, draft.config
         if any(layer.mlp.activation is not None for layer in draft.layers):
             raise Unfusable(f"the head's activation is {config.hidden_act!r}; the fused MLP computes silu")
-        self.fold = norm_in_product(config.hidden_size) if fold is None else fold
         self._weights: PackedWeights | None = None
         if dtype is None:
             with packing(draft) as weights:
@@ -105,17 +105,14 @@ class FusedDraft:
             features = torch.cat(normed, dim=-1)
         if draft.input_norm is None:
             return self._fc(ops, features)
-        norm = _norm(draft.input_norm)
-        if norm_in_product(features.shape[-1]):
-            return self._fc(ops, features, norm=norm)
-        return self._fc(ops, ops.rms_norm(features, *norm))
+        return self._fc(ops, ops.rms_norm(features, *_norm(draft.input_norm)))
 
     @torch.no_grad()
     def __call__(self, hidden: torch.Tensor, tokens: torch.Tensor, call: DraftCall) -> torch.Tensor:
         """`DraftModel.forward`."""
         ops, config = call.ops, self.config
         self._rope.reserve(call.cache.slots)
-        embedded = self.draft._embed(tokens).to(hidden.dtype)
+        embedded = self._embed(tokens).to(hidden.dtype)
         if config.kind == "eagle1":
             hidden = self._fc(ops, torch.cat((embedded, hidden), dim=-1))
             total, normed = hidden, hidden
@@ -126,7 +123,7 @@ class FusedDraft:
         for index, layer in enumerate(self.layers):
             last = index + 1 == len(self.layers)
             following = (self._final if config.norm_output else None) if last else self.layers[index + 1].input_norm
-            total, normed = layer(total, normed, call.cache.layers[index], shared, following, fold=self.fold)
+            total, normed = layer(total, normed, call.cache.layers[index], shared, following)
         if not config.norm_output or self._final is None:
             return total
         return ops.rms_norm(total, *self._final) if normed is None else normed
@@ -134,12 +131,17 @@ class FusedDraft:
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor, ops: Ops) -> torch.Tensor:
         """`DraftModel.logits`."""
-        norm = None if self.config.norm_output else self._final
-        if norm is not None and (self._head is None or not self.fold):
-            hidden, norm = ops.rms_norm(hidden, *norm), None
+        if self._final is not None and not self.config.norm_output:
+            hidden = ops.rms_norm(hidden, *self._final)
         if self._head is None:  # a quantised or spread target's own module
             return self.draft._shared_head(hidden).to(hidden.device)
-        return self._head(ops, hidden, norm=norm)
+        return self._head(ops, hidden)
+
+    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        (module,) = self.draft._embedding
+        if type(module) is nn.Embedding and module.weight.device == tokens.device:
+            return module.weight[tokens]  # 1.9 µs for ten rows, where F.embedding takes 5.9 (H100)
+        return self.draft._embed(tokens)
 
     def _paired(self, ops: Ops, hidden: torch.Tensor, embedded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """EAGLE-3's residual stream [B, T, H] and attention input [B, T, 2 H]."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from eagle.model.fused_layer import FusedLayer, LayerPass, norm_in_product
+from eagle.model.fused_layer import FusedLayer, LayerPass
 from eagle.model.fused_support import check_fusable, norm_weight
 from eagle.model.fused_weights import NormWeight, PackedWeights, packing, release
 from eagle.model.kv_cache import KVCache
@@ -20,22 +20,23 @@ from eagle.model.target import Target
 
 
 def fuse_target(target: Target) -> FusedTarget:
-    """Have ``target`` run by the fused route from now on; `Target.unfuse` undoes it. Raises Unfusable, saying why."""
+    """Have ``target`` run by the fused route from now on; `Target.unfuse` undoes it. Raises Unfusable, saying why.
+
+    Called again, it does nothing unless the model's weights have been put elsewhere since (`FusedTarget.intact`).
+    """
+    if target.fused is not None and not target.fused.intact():
+        target.unfuse()
     if target.fused is None:
         target.fused = FusedTarget(target)
     return target.fused
 
 
 class FusedTarget:
-    """A target's layers over packed weights (`fused_weights`). Raises Unfusable.
+    """A target's layers over packed weights (`fused_weights`). Raises Unfusable."""
 
-    fold: norms ride in the products behind them; None leaves it to `norm_in_product`. Both compute the same function.
-    """
-
-    def __init__(self, target: Target, *, fold: bool | None = None) -> None:
+    def __init__(self, target: Target) -> None:
         check_fusable(target)
         self.target, base = target, target.model.model
-        self.fold = norm_in_product(target.config.hidden_size) if fold is None else fold
         with packing(target.model) as weights:
             self._weights: PackedWeights | None = weights
             self.layers = [
@@ -82,18 +83,17 @@ class FusedTarget:
         cos, sin = self._rope(kv_len[:, None] + offsets)
         call = LayerPass(ops, cos, sin, kv_len, kv_len, tree_words, cache.slots if slots is None else slots)
         total = F.embedding(tokens, self._embedding)
-        normed = None if self.fold else ops.rms_norm(total, *self._input_norm(0))
+        normed = ops.rms_norm(total, *self._input_norm(0))
         taps: dict[int, torch.Tensor] = {}
         for index, layer in enumerate(self.layers):
             taps[index] = total
             following = self._input_norm(index + 1)
-            total, normed = layer(total, normed, cache.layers[index], call, following, fold=self.fold)
+            total, normed = layer(total, normed, cache.layers[index], call, following)
         taps[len(self.layers)] = total
         if not aux:
-            normed = ops.rms_norm(total, *self._norm) if normed is None else normed
             taps[-1] = normed
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        last = ops.rms_norm(total[:, kept], *self._norm) if normed is None else normed[:, kept]
+        last = normed[:, kept]
         keys = aux or (-1,)
         features = taps[keys[0]] if len(keys) == 1 else torch.cat([taps[key] for key in keys], dim=-1)
         return self._lm_head(ops, last), features

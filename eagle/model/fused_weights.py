@@ -155,7 +155,7 @@ class QuantizedWeights:
 
     def single(self, linear: nn.Linear) -> Product:
         """See `PackedWeights`."""
-        return self._quantized((linear,), pack_rows)
+        return replace(self.rows(linear.weight.data), bias=linear.bias)
 
     def rows(self, weight: torch.Tensor) -> Product:
         """See `PackedWeights`."""
