@@ -44,7 +44,6 @@ class Session:
         self._static: dict[StepKey, StaticStep] = {}
         self._chunks: dict[tuple[Any, ...], StaticPrefill | None] = {}
         self._pool: tuple[int, int] | None = None
-        self._decoding: tuple[Ops, Ops] | None = None
         self._lock = threading.Lock()
         self._owner: int | None = None
 
@@ -74,7 +73,17 @@ class Session:
                 needed = slots_needed(longest, shape, speculative, pad_rows)
                 caches = self._caches_for(len(prompts), needed, reused, shape)
                 draft = self.draft if speculative else None
-                run = Run(self.target, draft, self._step_ops(ops), shape, sampling, caches, eos, uniforms, pad_rows)
+                run = Run(
+                    self.target,
+                    draft,
+                    decoding_ops(ops) if self.settings.exact else ops,
+                    shape,
+                    sampling,
+                    caches,
+                    eos,
+                    uniforms,
+                    pad_rows,
+                )
                 static = self._static_step(run, stats) if self.captures else None
                 chunks = None if static is None else partial(self._chunk, run, stats, reused)
                 try:
@@ -127,14 +136,6 @@ class Session:
         if self.prefill_reason is not None:
             return "captured", f"one CUDA graph a step; the capture of prefill failed: {self.prefill_reason}"
         return "captured", "one CUDA graph a step"
-
-    def _step_ops(self, ops: Ops) -> Ops:
-        """The table for steps. One for each given table, so that captured steps know it again."""
-        if not self.settings.exact:
-            return ops
-        if self._decoding is None or self._decoding[0] is not ops:
-            self._decoding = ops, decoding_ops(ops)
-        return self._decoding[1]
 
     def refuse_nesting(self) -> None:
         """Raise InvalidInputError while a generation of this thread is open."""

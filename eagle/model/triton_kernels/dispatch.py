@@ -138,12 +138,12 @@ def choose_ops(plan: Plan, sizes: Mapping[str, int] | None = None) -> tuple[Ops,
     return TORCH_OPS.replaced(**served), [choice for op in OPS for choice in plan.choices(op, sizes or {})]
 
 
-@lru_cache(maxsize=32)
 def _library_product_kernel_norm(x, weight, residual, norm_weight, eps, bias=None, *, scale=None):
     """`linear_add_rms_norm` for prompts: the library's product, and one launch in place of eight for what follows."""
     return kernel("add_rms_norm")(TORCH_OPS.linear(x, weight, bias, scale=scale), residual, norm_weight, eps)
 
 
+@lru_cache(maxsize=32)
 def decoding_ops(ops: Ops) -> Ops:
     """A table for decoding steps: the matrix products' kernels serve any number of rows, not only their best 64.
 
