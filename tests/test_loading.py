@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_draft_config, tiny_target
 
-from eagle.errors import CheckpointError, ModelNotFoundError
+from eagle.errors import CheckpointError, ModelNotFoundError, OutOfMemoryError
+from eagle.model import loading, memory
 from eagle.model.checkpoints import random_draft, save_draft
 from eagle.model.ea_model import EaModel
 from eagle.model.loading import build_draft
@@ -94,6 +95,29 @@ def test_a_damaged_or_unsafe_pickle_of_a_target(
     with pytest.raises(CheckpointError, match=words):
         load(pair)
     assert "never run" not in capsys.readouterr().out
+
+
+def test_weights_that_cannot_fit_are_refused_before_they_are_read(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "host_memory", lambda: memory.weight_bytes(pair[0], torch.bfloat16))
+    load(pair, dtype="bfloat16", device_map="cpu")
+    load(pair, dtype="auto", device_map="auto")  # may be spread, or kept on the disk
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "AutoModelForCausalLM", None)
+        for dtype in (torch.float32, "auto"):
+            with pytest.raises(OutOfMemoryError, match=r"target take 0\.0 GB.*this machine has"):
+                load(pair, dtype=dtype, device_map={"": "cpu"})
+
+
+@pytest.mark.parametrize(
+    ("device_map", "device"),
+    [(None, "cpu"), ("cpu", "cpu"), ("cuda:1", "cuda:1"), (1, "cuda:1"), ({"": 0}, "cuda:0"), ({"": "cpu"}, "cpu")],
+)
+def test_a_device_map_of_one_device(device_map: object, device: str) -> None:
+    assert loading._one_device(device_map) == torch.device(device)
+    for spread in ("auto", "balanced", {"model": 0, "lm_head": 1}):
+        assert loading._one_device(spread) is None
 
 
 def test_rope_scaling_that_lacks_a_value(pair: tuple[Path, Path]) -> None:

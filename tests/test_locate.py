@@ -55,12 +55,50 @@ def test_the_given_head_goes_first(embedded, tmp_path):
     assert locate("eagle3-qwen3-8b", "random").draft_is_untrained
 
 
-@pytest.mark.parametrize("name", ["EAGLE-3B", "eagle-8b"])
-def test_widened_models_say_that_they_cannot_be_built_yet(name):
-    with pytest.raises(
-        ModelNotFoundError, match=r"EAGLE-[38]B .*cannot be built by this version yet; use SmolLM2-135M"
-    ):
-        locate(name)
+@pytest.fixture
+def widened(embedded, tmp_path, monkeypatch):
+    """The widened models need not be built: their folder is made up, and what it was to be built from is kept."""
+    model_folder(tmp_path / "assets" / "smollm2-135m-eagle3")
+    asked = []
+
+    def ensure(name, small, progress):
+        asked.append((name, small))
+        return tmp_path / name
+
+    monkeypatch.setattr(module, "ensure_widened", ensure)
+    return asked
+
+
+@pytest.mark.parametrize(("typed", "name"), [("EAGLE-3B", "EAGLE-3B"), ("eagle-8b", "EAGLE-8B")])
+def test_widened_models_are_built_from_the_default_pair(widened, embedded, tmp_path, typed, name):
+    location = locate(typed)
+    assert (location.base, location.draft) == (str(tmp_path / name / "target"), str(tmp_path / name / "head"))
+    assert location.preset is PRESETS[name]
+    assert location.widen is None
+    small = module.SmallPair(embedded, tmp_path / "assets" / "smollm2-135m-eagle3")
+    assert widened == [(name, small)]
+    assert locate(typed, "random").draft_is_untrained
+
+
+def test_in_memory_nothing_is_built_yet(widened, embedded, tmp_path):
+    location = locate("EAGLE-8B", in_memory=True)
+    assert widened == []
+    assert location.widen == module.SmallPair(embedded, tmp_path / "assets" / "smollm2-135m-eagle3")
+    assert (location.base, location.draft) == (str(location.widen.target), str(location.widen.head))
+    assert locate("EAGLE-8B", "org/head", in_memory=True).draft == "org/head"
+
+
+@pytest.mark.parametrize("name", [None, DEFAULT_MODEL, "eagle3-qwen3-8b", "org/name", "./folder"])
+def test_only_widened_models_are_built_in_memory(name):
+    with pytest.raises(InvalidInputError, match=r"in_memory=True is for .*EAGLE-3B and EAGLE-8B"):
+        locate(name, in_memory=True)
+
+
+def test_near_misses_of_widened_names():
+    with pytest.raises(ModelNotFoundError, match=r"'EAGLE8B'.*did you mean .*EAGLE-8B"):
+        locate("EAGLE8B")
+    with pytest.raises(ModelNotFoundError, match=r"'EAGLE-7B'.*did you mean .*EAGLE-"):
+        locate("EAGLE-7B", in_memory=False)
 
 
 def test_a_folder_is_itself(tmp_path, monkeypatch):

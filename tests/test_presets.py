@@ -4,6 +4,7 @@ from eagle.errors import ModelNotFoundError
 from eagle.model.hub import looks_like_hub_id
 from eagle.model.locate import locate
 from eagle.model.presets import DEFAULT_MODEL, PRESETS, find_preset, heads_for, near_matches
+from eagle.model.widened import SIZES
 
 HUB = [preset for preset in PRESETS.values() if preset.origin == "hub"]
 
@@ -16,6 +17,7 @@ def test_the_default_is_embedded():
 def test_the_widened_models_start_from_the_default():
     for name in ("EAGLE-3B", "EAGLE-8B"):
         assert (PRESETS[name].origin, PRESETS[name].base) == ("widened", DEFAULT_MODEL)
+    assert {name for name, preset in PRESETS.items() if preset.origin == "widened"} == set(SIZES)
 
 
 def test_at_least_twenty_pairs_of_both_kinds_with_hub_ids():

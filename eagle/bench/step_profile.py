@@ -1,0 +1,132 @@
+"""Where a step's time goes on a GPU: its kernels by name, the gaps between them, and the time between steps."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from eagle.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from eagle.model.ea_model import EaModel
+
+REPLAYS = 30
+"""Back to back for the wall time, and profiled."""
+
+NAME_LENGTH = 64
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """One kernel's share of a step."""
+
+    name: str
+    calls: float
+    microseconds: float  # of a step
+
+
+@dataclass(frozen=True)
+class StepProfile:
+    """Milliseconds of a step. ``loop_ms``: in a generation, from result to result; ``replay_ms``: captured steps back to
+    back, None without a capture; ``busy_ms``: the sum of its kernels."""
+
+    speculative: bool
+    engine: str
+    loop_ms: float
+    replay_ms: float | None
+    busy_ms: float
+    kernels: float
+    table: tuple[KernelTime, ...]
+
+    @property
+    def idle_share(self) -> float:
+        """The share of a generation's step in which the GPU waits for the next step, or for anything if not captured."""
+        return max(0.0, 1.0 - (self.busy_ms if self.replay_ms is None else self.replay_ms) / self.loop_ms)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"idle_share": self.idle_share}
+
+
+def profile_step(model: EaModel, prompt: list[int], new_tokens: int = 128, *, speculative: bool = True) -> StepProfile:
+    """Profile the steps of one greedy reply. Raises InvalidInputError without a CUDA device."""
+    if model.device.type != "cuda":
+        raise InvalidInputError(f"a step is profiled on a CUDA device, and the model is on {model.device}")
+    for _ in range(2):  # captures and library handles come with the first
+        _run(model, prompt, new_tokens, speculative)
+    stats = model.last_stats
+    assert stats is not None
+    loop_ms = 1e3 * stats.decode_seconds / max(1, stats.steps)
+    steps = [step for step in model._session._static.values() if (step.run.draft is not None) == speculative]
+    if not steps:
+        events, count = _profiled(model, lambda: _run(model, prompt, new_tokens, speculative), stats.steps)
+        return StepProfile(speculative, "eager", loop_ms, None, *_summed(events, count))
+    step = steps[-1]
+    torch.cuda.synchronize(model.device)
+    started = time.perf_counter()
+    for _ in range(REPLAYS):
+        step.replay()
+    torch.cuda.synchronize(model.device)
+    replay_ms = 1e3 * (time.perf_counter() - started) / REPLAYS
+    events, count = _profiled(model, lambda: [step.replay() for _ in range(REPLAYS)], REPLAYS)
+    return StepProfile(speculative, "captured", loop_ms, replay_ms, *_summed(events, count))
+
+
+def markdown(profile: StepProfile, rows: int = 16) -> list[str]:
+    """The profile as a Markdown table under one line of totals."""
+    kind = "EAGLE" if profile.speculative else "plain"
+    replay = "" if profile.replay_ms is None else f"{profile.replay_ms:.3f} ms back to back, "
+    lines = [
+        f"{kind}, {profile.engine}: {profile.loop_ms:.3f} ms a step in a generation, {replay}"
+        f"{profile.busy_ms:.3f} ms in {profile.kernels:.0f} kernels; idle between steps {profile.idle_share:.1%}",
+        "",
+        "| kernel | calls | µs a call | µs a step | share |",
+        "|---|---|---|---|---|",
+    ]
+    for kernel in profile.table[:rows]:
+        each = kernel.microseconds / kernel.calls
+        share = kernel.microseconds / (1e3 * profile.busy_ms)
+        lines.append(f"| {kernel.name} | {kernel.calls:.0f} | {each:.1f} | {kernel.microseconds:.0f} | {share:.1%} |")
+    rest = profile.table[rows:]
+    if rest:
+        calls, spent = sum(kernel.calls for kernel in rest), sum(kernel.microseconds for kernel in rest)
+        lines.append(f"| {len(rest)} others | {calls:.0f} | | {spent:.0f} | {spent / (1e3 * profile.busy_ms):.1%} |")
+    return lines
+
+
+def _run(model: EaModel, prompt: list[int], new_tokens: int, speculative: bool) -> None:
+    for _ in model.stream([prompt], max_new_tokens=new_tokens, eos_token_id=(), speculative=speculative):
+        pass
+
+
+def _profiled(model: EaModel, work: Any, steps: int) -> tuple[Any, int]:
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        work()
+        torch.cuda.synchronize(model.device)
+    return found.key_averages(), steps
+
+
+def _summed(events: Any, steps: int) -> tuple[float, float, tuple[KernelTime, ...]]:
+    calls: dict[str, float] = defaultdict(float)
+    spent: dict[str, float] = defaultdict(float)
+    for event in events:
+        if event.device_time_total > 0:
+            name = short_name(event.key)
+            calls[name] += event.count / steps
+            spent[name] += event.device_time_total / steps
+    table = tuple(KernelTime(name, calls[name], spent[name]) for name in sorted(spent, key=lambda name: -spent[name]))
+    return sum(spent.values()) / 1e3, sum(calls.values()), table
+
+
+def short_name(kernel: str) -> str:
+    """A kernel's name without return type, namespaces, template and function arguments, the innermost functor kept."""
+    functor = re.findall(r"(\w+(?:_kernel_cuda|Functor\w*|Ops?))\b", kernel)
+    name = re.split(r"[<(]", re.sub(r"^void ", "", kernel).replace("(anonymous namespace)::", ""))[0].split("::")[-1]
+    name = f"{name} ({functor[-1]})" if functor and functor[-1] not in name else name
+    return name[:NAME_LENGTH]

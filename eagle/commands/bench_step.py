@@ -1,0 +1,63 @@
+"""`eagle bench step`: where the time of a decoding step goes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eagle.commands.console import open_model
+from eagle.commands.options import (
+    MODEL_DEFAULT,
+    PAPER_TREE,
+    DraftDtype,
+    DraftDtypeOption,
+    DraftOption,
+    Dtype,
+    DtypeOption,
+    Kernels,
+    KernelsOption,
+    ModelOption,
+    TreeOption,
+    check_flags,
+)
+from eagle.commands.reply import encode_prompt, has_template
+
+
+def step(
+    model: ModelOption = MODEL_DEFAULT,
+    draft: DraftOption = None,
+    tree: TreeOption = PAPER_TREE,
+    dtype: DtypeOption = Dtype.auto,
+    draft_dtype: DraftDtypeOption = DraftDtype.same,
+    prompt: Annotated[str, typer.Option("--prompt", help="What is answered.")] = "Explain how a bicycle stays upright.",
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Length of the reply.")] = 128,
+    kernels: KernelsOption = Kernels.auto,
+    before: Annotated[
+        bool, typer.Option("--before", help="Also the model as loaded: PyTorch ops, one by one.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="A file for the figures as JSON.")] = None,
+) -> None:
+    """Profile a step on a GPU: kernels, gaps, the time between steps; EAGLE and plain decoding."""
+    check_flags(tree, kernels, max_new_tokens)
+    from eagle.bench.provenance import provenance
+    from eagle.bench.step_profile import markdown, profile_step
+    from eagle.model.triton_kernels import optimize_eagle_with_triton
+
+    loaded, _ = open_model(model, draft, tree, Kernels.torch if before else kernels, dtype, draft_dtype)
+    tokenizer = loaded.get_tokenizer()
+    ids = encode_prompt(tokenizer, prompt, raw=not has_template(tokenizer))
+    found = []
+    for switched in (False, True) if before else (True,):
+        if switched and before:
+            optimize_eagle_with_triton(loaded, kernels=kernels.value, draft_dtype=draft_dtype.setting)
+        for speculative in (True, False):
+            profile = profile_step(loaded, ids, max_new_tokens, speculative=speculative)
+            found.append(profile)
+            print("\n".join(markdown(profile)), end="\n\n", flush=True)
+    if out is not None:
+        figures = {"model": model, "tree": tree, "profiles": [profile.to_json() for profile in found]}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(figures | {"provenance": provenance(loaded.device)}, indent=1), encoding="utf-8")

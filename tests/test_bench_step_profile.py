@@ -1,0 +1,62 @@
+"""A step's profile: names a reader can use, shares that add up, and figures of a real step on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_draft, tiny_eagle, tiny_target
+
+from eagle.bench.step_profile import KernelTime, StepProfile, markdown, profile_step, short_name
+from eagle.errors import InvalidInputError
+from eagle.model.ea_model import EaModel
+from eagle.model.triton_kernels import optimize_eagle_with_triton
+
+TABLE = tuple(KernelTime(f"k{index}", 2.0, 100.0 - index) for index in range(20))
+PROFILE = StepProfile(True, "captured", 2.1, 2.0, sum(kernel.microseconds for kernel in TABLE) / 1e3, 40, TABLE)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "short"),
+    [
+        ("_path_kernel", "_path_kernel"),
+        (
+            "void at::native::(anonymous namespace)::CatArrayBatchedCopy<at::native::(anonymous namespace)::Op<2u>, 1>(x)",
+            "CatArrayBatchedCopy",
+        ),
+        (
+            "void at::native::vectorized_elementwise_kernel<8, at::native::CUDAFunctor_add<c10::BFloat16>, x>(int)",
+            "vectorized_elementwise_kernel (CUDAFunctor_add)",
+        ),
+    ],
+)
+def test_names(kernel: str, short: str) -> None:
+    assert short_name(kernel) == short or short in short_name(kernel)
+
+
+def test_the_table_holds_every_microsecond() -> None:
+    lines = markdown(PROFILE, rows=5)
+    spent = [float(line.split("|")[4]) for line in lines if line.startswith("| ") and "kernel" not in line]
+    assert sum(spent) == pytest.approx(1e3 * PROFILE.busy_ms, abs=3)
+    assert "| 15 others |" in lines[-1]
+    assert PROFILE.idle_share == pytest.approx(0.1 / 2.1)
+    assert PROFILE.to_json()["idle_share"] == PROFILE.idle_share
+
+
+def test_a_cpu_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match="CUDA device"):
+        profile_step(tiny_eagle(), [3, 4])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("speculative", [True, False], ids=["eagle", "plain"])
+def test_a_real_step(speculative: bool) -> None:
+    model = tiny_target().to("cuda")
+    eagle = EaModel(model, tiny_draft(model), total_token=12, depth=2, top_k=3)
+    eager = profile_step(eagle, [3, 4], 40, speculative=speculative)
+    optimize_eagle_with_triton(eagle)
+    captured = profile_step(eagle, [3, 4], 40, speculative=speculative)
+    assert (eager.engine, captured.engine) == ("eager", "captured")
+    assert eager.replay_ms is None
+    assert 0 < captured.busy_ms <= 1.05 * captured.replay_ms
+    assert captured.kernels < eager.kernels
