@@ -47,11 +47,16 @@ def root(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code: 2 for what the user can mend, 130 after Ctrl-C."""
+    return run(app, "eagle", arguments)
+
+
+def run(command: typer.Typer, name: str, arguments: list[str] | None = None) -> int:
+    """`main` for any command of this package; ``name`` is what its help calls it."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a console of few characters must not end the run
     try:
-        code = typer.main.get_command(app).main(args=arguments, prog_name="eagle", standalone_mode=False)
+        code = typer.main.get_command(command).main(args=arguments, prog_name=name, standalone_mode=False)
     except EagleError as error:
         return _fail(str(error))
     except _ClickError as error:

@@ -23,11 +23,12 @@ from eagle.bench.kernel_cases import MODELS, PARTS, PREFIXES, Case, ModelShape, 
 from eagle.bench.kernel_ops.table import TRIALS
 from eagle.bench.kernel_ops.trial import BOUNDS, TORCH, Mismatch
 from eagle.bench.kernels import GREEN, NOT_REACHED, RED, SKIPPED, run_cases
+from eagle.bench.linear_candidates import neighbours, tiles
 from eagle.cli import main
 from eagle.commands.bench_kernels import row_line, tuned_line
 from eagle.errors import InvalidInputError
 from eagle.model.triton_kernels import linear_config, tuned_table
-from eagle.model.triton_kernels.linear_config import DeviceTraits, LinearConfig, candidates, choose
+from eagle.model.triton_kernels.linear_config import DeviceTraits, LinearConfig, choose, fits, rule
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -356,18 +357,30 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert main(["bench", "tune", "--ops", "attention"]) == 2
 
 
-def test_rounds_of_tuning():
-    for weight_dtype in (torch.bfloat16, torch.int8):
-        found = candidates(6144, 4096, torch.bfloat16, weight_dtype, H100)
-        first = tune.first_round(found)
-        tiles = [(c.block_n, c.block_k, c.split_k) for c in first]
-        assert first[0] == found[0]
-        assert set(tiles) == {(c.block_n, c.block_k, c.split_k) for c in found}
-        assert len(first) < len(found) / 4
-        times = {config: float(i) for i, config in enumerate(first)}
-        second = tune.second_round(found, times)
-        assert not set(second) & set(first)
-        assert {(c.block_n, c.block_k, c.split_k) for c in second} <= set(tiles[:4])
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.int8, torch.float32])
+@pytest.mark.parametrize("size", [(6144, 4096), (576, 1536), (128256, 4096), (31, 576)])
+def test_candidates_fit_the_device(weight_dtype, size):
+    dtype = torch.float32 if weight_dtype == torch.float32 else torch.bfloat16
+    for device in (H100, DeviceTraits("small", (8, 6), 28, 101376)):
+        kind = (dtype, weight_dtype, device)
+        first = tiles(*size, *kind)
+        assert first[0] == rule(*size, *kind)
+        assert len(set(first)) == len(first) < 120
+        for config in [*first, *neighbours(first[-1], *kind)]:
+            assert fits(config, *kind)
+            assert not (config.tma or config.prefetch) or device is H100
+
+
+def test_the_second_round_goes_round_the_best():
+    kind = (torch.bfloat16, torch.bfloat16, H100)
+    first = tiles(6144, 4096, *kind)
+    times = {config: float(i) for i, config in enumerate(first)}
+    second = tune.second_round(times, lambda config: neighbours(config, *kind))
+    assert second
+    assert not set(second) & set(first)
+    for config in second:
+        changed = [sum(vars(config)[name] != vars(best)[name] for name in vars(best)) for best in first[:3]]
+        assert min(changed) <= 2
 
 
 def test_tune_sizes_come_once_and_in_order():
@@ -375,26 +388,28 @@ def test_tune_sizes_come_once_and_in_order():
     assert sizes[0].label == "Llama-3.1-8B gate_up"
     assert len(set(sizes)) == len(sizes)
     assert {size.weight_dtype for size in sizes} == {torch.bfloat16, torch.int8, torch.float8_e4m3fn}
+    assert {size.norm_after for size in sizes} == {False, True}
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="for the interpreter")
 @pytest.mark.parametrize("weight_dtype", [torch.float16, torch.int8])
-def test_tuning_takes_the_fastest_right_candidate(fake_gpu, monkeypatch, weight_dtype):
+@pytest.mark.parametrize("norm_after", [False, True])
+def test_tuning_takes_the_fastest_right_candidate(fake_gpu, monkeypatch, weight_dtype, norm_after):
     """The tuner on a clock of our own: a wrong candidate is the fastest, and must not win."""
     rule = LinearConfig(32, 32)
     best, wrong, slow = (LinearConfig(16, 32), LinearConfig(16, 32, num_stages=3), LinearConfig(64, 32))
     took = {rule: 20.0, best: 10.0, wrong: 1.0, slow: 30.0}
-    real = tune.linear
+    real = tune.Product.run
 
-    def fake_linear(x, weight, scale=None, *, config):
+    def timed(product, weight, config):
         taking(took[config])()
-        out = real(x, weight, scale=scale, config=config)
+        out = real(product, weight, config)
         return out * 1.5 if config == wrong else out
 
-    monkeypatch.setattr(tune, "linear", fake_linear)
-    monkeypatch.setattr(tune, "candidates", lambda *_: [rule, best, wrong, slow])
-    monkeypatch.setattr(tune, "MIDDLE_STAGES", 4)
-    size = tune.Size(40, 64, torch.float16, weight_dtype, "a size")
+    monkeypatch.setattr(tune.Product, "run", timed)
+    monkeypatch.setattr(tune, "tiles", lambda *_: [rule, best, slow])
+    monkeypatch.setattr(tune, "neighbours", lambda *_: [wrong, best])
+    size = tune.Size(40, 64, torch.float16, weight_dtype, norm_after, "a size")
     monkeypatch.setattr(tune.F, "linear", lambda x, w: (taking(15.0)(), x @ w.T)[1])
     found = tune.tune_size(size, CPU, 3000.0, jobs=1, deadline=None)
     assert (found.config, found.us, found.rule_us, found.blas_us) == (best, *map(pytest.approx, (10.0, 20.0, 15.0)))
@@ -415,14 +430,15 @@ def no_tables():
 
 def test_a_written_table_is_chosen(tmp_path, monkeypatch, no_tables):
     config = LinearConfig(64, 128, split_k=3, num_warps=8, tma=True)
-    size = tune.Size(6144, 4096, torch.bfloat16, torch.bfloat16, "8B qkv")
+    size = tune.Size(6144, 4096, torch.bfloat16, torch.bfloat16, False, "8B qkv")
     path = tmp_path / "deep" / tuned_table.file_name(H100.name)
     tune.write_table([tune.Tuned(size, config, 20.0, 25.0, 22.0, 17.0, 30)], path, {"device": H100.name})
-    other = tune.Size(4096, 4096, torch.bfloat16, torch.int8, "8B o")
+    other = tune.Size(4096, 4096, torch.bfloat16, torch.int8, True, "8B o")
     tune.write_table([tune.Tuned(other, config, 9.0, 9.0, 9.0, 8.0, 3)], path, {"device": H100.name})
     entries = json.loads(path.read_text(encoding="utf-8"))["linear"]
     assert [entry["us"] for entry in entries] == [20.0, 9.0]  # the second run kept the first one's
 
+    monkeypatch.setattr(tuned_table, "FOLDER", tmp_path)
     assert choose(6144, 4096, torch.bfloat16, torch.bfloat16, H100) != config
     for where in ("own", "package"):
         for function in (tuned_table.tuned_linears, linear_config.choose):
@@ -432,11 +448,15 @@ def test_a_written_table_is_chosen(tmp_path, monkeypatch, no_tables):
         if where == "own":
             monkeypatch.setenv("EAGLE_TUNED", str(path))
         assert choose(6144, 4096, torch.bfloat16, torch.bfloat16, H100) == config
-        assert choose(4096, 4096, torch.bfloat16, torch.int8, H100) == config
-        assert choose(6144, 4096, torch.float16, torch.float16, H100) != config
         assert (
-            choose(6144, 4096, torch.bfloat16, torch.bfloat16, DeviceTraits("another", (9, 0), 132, 1 << 17)) != config
-        )
+            choose(6144, 4096, torch.bfloat16, torch.bfloat16, H100, norm_after=True) == config
+        )  # no own entry: the plain
+        assert choose(4096, 4096, torch.bfloat16, torch.int8, H100, norm_after=True) == config
+        assert choose(4096, 4096, torch.bfloat16, torch.int8, H100) != config
+        assert choose(6144, 4096, torch.float16, torch.float16, H100) == config
+        for name, served in (("NVIDIA H200", where == "package"), ("NVIDIA A100-SXM4-80GB", False)):
+            other = DeviceTraits(name, (9, 0), 132, 1 << 17)
+            assert (choose(6144, 4096, torch.bfloat16, torch.bfloat16, other) == config) == served
 
 
 @pytest.mark.parametrize(
@@ -446,6 +466,7 @@ def test_a_written_table_is_chosen(tmp_path, monkeypatch, no_tables):
         "[]",
         '{"device": "NVIDIA H100 80GB HBM3", "linear": [{"n": 1}]}',
         '{"device": "NVIDIA H100 80GB HBM3", "linear": [{"n": 8, "k": 8, "dtype": "float16", "weight_dtype": "int8", '
+        '"norm_after": false, '
         '"config": {"block_n": "64", "block_k": 64, "split_k": 1}}]}',
     ],
 )
@@ -457,12 +478,16 @@ def test_a_bad_table_is_named(tmp_path, monkeypatch, no_tables, content):
         tuned_table.tuned_linears(H100.name)
 
 
-def test_shipped_tables_fit_their_file_names():
+def test_shipped_tables_fit_their_file_names_and_devices():
     for path in tuned_table.FOLDER.glob("*.json"):
         device = json.loads(path.read_text(encoding="utf-8"))["device"]
         assert path.name == tuned_table.file_name(device)
-        for fields in tuned_table.tuned_linears(device).values():
-            LinearConfig(**fields)
+        for (n, k, dtype, weight_dtype, norm_after), fields in tuned_table.tuned_linears(device).items():
+            config = LinearConfig(**fields)
+            assert fits(config, dtype, weight_dtype, H100)
+            assert choose(n, k, dtype, weight_dtype, H100, norm_after=norm_after) == config
+            family = DeviceTraits("NVIDIA H200", *list(vars(H100).values())[1:])
+            assert choose(n, k, dtype, weight_dtype, family, norm_after=norm_after) == config
 
 
 def load_run_tests():

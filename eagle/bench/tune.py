@@ -1,8 +1,9 @@
 """`eagle bench tune`: the small-M linear's candidates under the clock, for a model's products, on this GPU.
 
-Two rounds a size: every tile and split of K once, then the pipeline's depth, warps, operand order and copy engine for the
-best of them. Candidates are compiled by several threads ahead of their timing. Each must give the right product before
-its time counts. Never part of a run: a table is written, which `linear_config.choose` loads.
+Two rounds a size (`linear_candidates`): every tile and split of K once, then the neighbours of the best. Candidates are
+compiled by several threads ahead of their timing. Each must give the right product before its time counts. A product
+with the norm that follows it is a size of its own. Never part of a run: a table is written, which `linear_config.choose`
+loads.
 """
 
 from __future__ import annotations
@@ -20,20 +21,28 @@ import torch.nn.functional as F
 
 from eagle.bench.bandwidth import measure_ceilings
 from eagle.bench.kernel_cases import LINEAR_PARTS, LINEAR_ROWS, ModelShape
+from eagle.bench.kernel_ops.layers import EPS, norm_reference
 from eagle.bench.kernel_ops.linear import product_reference, random_linear
 from eagle.bench.kernel_ops.trial import BOUNDS, nbytes, relative_error
 from eagle.bench.kernels import FAILURES, first_line
+from eagle.bench.linear_candidates import neighbours, tiles
 from eagle.bench.timing import sets_beyond_cache, time_graph
-from eagle.model.triton_kernels.linear import linear
-from eagle.model.triton_kernels.linear_config import LinearConfig, candidates, device_traits
+from eagle.model.triton_kernels.linear import linear, linear_add_rms_norm
+from eagle.model.triton_kernels.linear_config import LinearConfig, device_traits
 from eagle.model.triton_kernels.quantize import quantize_weight
 
 WORTH = 0.98
 """The rule's choice stays unless another takes less than this part of its time: a table should not record noise."""
 
+WAKE_SECONDS = 0.03
+"""Work before the first timing: the clocks fall while the compilers are waited for."""
+
 FINALISTS = 3
-MIDDLE_STAGES = 4
-HEADS = ("lm_head", "draft_lm_head")
+NORM_AFTER = ("o", "down")
+"""Products that the residual and a norm follow, and are fused with."""
+
+PLAIN_ONLY = "lm_head"
+"""The target's head, which stays as it is where layers and draft are quantised."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,8 @@ class Size:
     k: int
     dtype: torch.dtype
     weight_dtype: torch.dtype
+    norm_after: bool = False
+    """Whether the residual and a norm follow, as in `linear_add_rms_norm`."""
     label: str = field(default="", compare=False)
 
     @property
@@ -73,6 +84,7 @@ class Tuned:
             "k": self.size.k,
             "dtype": dtype,
             "weight_dtype": weight_dtype,
+            "norm_after": self.size.norm_after,
             "config": asdict(self.config),
             "us": round(self.us, 2),
             "rule_us": round(self.rule_us, 2),
@@ -84,6 +96,14 @@ class Tuned:
         }
 
 
+def products(model: ModelShape) -> dict[str, tuple[int, int]]:
+    """(N, K) of the target's products, and of those of its EAGLE-3 head that differ: two and three hidden states wide."""
+    found = {part: model.linear(part) for part in LINEAR_PARTS}
+    found["draft_qkv"] = (found["qkv"][0], 2 * model.hidden)
+    found["draft_fc"] = (model.hidden, 3 * model.hidden)
+    return found
+
+
 def sizes_of(models: Iterable[ModelShape], dtypes: Iterable[torch.dtype]) -> list[Size]:
     """The products of the models in that order, each size once: plain weights, and one-byte ones in the layers."""
     found: dict[Size, None] = {}
@@ -92,26 +112,43 @@ def sizes_of(models: Iterable[ModelShape], dtypes: Iterable[torch.dtype]) -> lis
         one_byte = () if dtype == torch.float32 else (torch.int8, torch.float8_e4m3fn)
         for weight_dtype in (dtype, *one_byte):
             for model in models:
-                for part in LINEAR_PARTS:
-                    if weight_dtype == dtype or part not in HEADS:
-                        found.setdefault(Size(*model.linear(part), dtype, weight_dtype, f"{model.name} {part}"))
+                for part, (n, k) in products(model).items():
+                    if weight_dtype == dtype or part != PLAIN_ONLY:
+                        found.setdefault(Size(n, k, dtype, weight_dtype, label=f"{model.name} {part}"))
+                    if part in NORM_AFTER:
+                        found.setdefault(Size(n, k, dtype, weight_dtype, True, f"{model.name} {part}, norm after"))
     return list(found)
 
 
-def first_round(found: Sequence[LinearConfig]) -> list[LinearConfig]:
-    """The rule's choice, then one candidate for each tile and split: the middle depth, the fewest warps."""
-    best: dict[tuple[int, int, int], LinearConfig] = {}
-    for config in found[1:]:
-        held = best.get(_tile(config))
-        if held is None or _plainness(config) < _plainness(held):
-            best[_tile(config)] = config
-    return [found[0], *(config for config in best.values() if config != found[0])]
+def second_round(
+    times: dict[LinearConfig, float], around: Callable[[LinearConfig], list[LinearConfig]]
+) -> list[LinearConfig]:
+    """What has not been timed around the best of the first round."""
+    best = sorted(times, key=times.__getitem__)[:FINALISTS]
+    return list(dict.fromkeys(other for config in best for other in around(config) if other not in times))
 
 
-def second_round(found: Sequence[LinearConfig], times: dict[LinearConfig, float]) -> list[LinearConfig]:
-    """What has not been timed of the best tiles of the first round."""
-    tiles = list(dict.fromkeys(_tile(config) for config in sorted(times, key=times.__getitem__)))[:FINALISTS]
-    return [config for config in found if _tile(config) in tiles and config not in times]
+@dataclass(frozen=True)
+class Product:
+    """Inputs of a size, and what its launcher gives for a weight and a configuration."""
+
+    size: Size
+    x: torch.Tensor
+    scale: torch.Tensor | None
+    residual: torch.Tensor
+    gain: torch.Tensor
+
+    def run(self, weight: torch.Tensor, config: LinearConfig) -> torch.Tensor:
+        """[rows, N]."""
+        if self.size.norm_after:
+            rest = {"scale": self.scale, "config": config}
+            return linear_add_rms_norm(self.x, weight, self.residual, self.gain, EPS, **rest)[0]
+        return linear(self.x, weight, scale=self.scale, config=config)
+
+    def reference(self, weight: torch.Tensor) -> torch.Tensor:
+        """The same in float64."""
+        total = product_reference(self.x, weight, self.scale)
+        return norm_reference(total + self.residual.double(), self.gain) if self.size.norm_after else total
 
 
 def tune_size(size: Size, device: torch.device, read_gb_s: float, *, jobs: int, deadline: float | None) -> Tuned:
@@ -120,17 +157,21 @@ def tune_size(size: Size, device: torch.device, read_gb_s: float, *, jobs: int, 
     Raises RuntimeError where the rule's own choice fails.
     """
     traits = device_traits(device)
-    found = candidates(size.n, size.k, size.dtype, size.weight_dtype, traits)
+    kind = (size.dtype, size.weight_dtype, traits)
+    found = tiles(size.n, size.k, *kind)
     x, plain = random_linear(size.n, size.k, LINEAR_ROWS, size.dtype, device)
     weights, scale, dense = _weights(size, plain, device)
-    reference = product_reference(x, weights[0], scale)
+    residual = torch.randn(LINEAR_ROWS, size.n, dtype=size.dtype, device=device)
+    gain = torch.rand(size.n, dtype=size.dtype, device=device) + 0.5
+    product = Product(size, x, scale, residual, gain)
+    reference = product.reference(weights[0])
     traffic = nbytes(x, weights[0]) + LINEAR_ROWS * size.n * x.element_size()
     times: dict[LinearConfig, float] = {}
     failed: dict[LinearConfig, str] = {}
 
     def compile_only(config: LinearConfig) -> None:
         try:
-            linear(x, weights[0], scale=scale, config=config)
+            product.run(weights[0], config)
         except FAILURES as error:
             failed[config] = first_line(error)
 
@@ -139,6 +180,7 @@ def tune_size(size: Size, device: torch.device, read_gb_s: float, *, jobs: int, 
             compile_only(config)  # alone: what the first launch sets up, threads then only read
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(compile_only, some[1:]))
+        _wake(lambda: torch.mm(x, dense[0].T))
         for config in some:
             if deadline is not None and time.monotonic() > deadline and times:
                 return
@@ -147,18 +189,18 @@ def tune_size(size: Size, device: torch.device, read_gb_s: float, *, jobs: int, 
 
     def _measure_one(config: LinearConfig) -> None:
         try:
-            error = relative_error(linear(x, weights[0], scale=scale, config=config), reference)
+            error = relative_error(product.run(weights[0], config), reference)
             if error >= BOUNDS[size.dtype]:
                 failed[config] = f"relative error {error:.2e}"
                 return
-            calls = [lambda w=w: linear(x, w, scale=scale, config=config) for w in weights]
+            calls = [lambda w=w: product.run(w, config) for w in weights]
             times[config] = time_graph(calls).median
         except FAILURES as error:
             failed[config] = first_line(error)
 
-    measure(first_round(found))
+    measure(found)
     if deadline is None or time.monotonic() < deadline:
-        measure(second_round(found, times))
+        measure(second_round(times, lambda config: neighbours(config, *kind)))
     rule = found[0]
     if rule not in times:
         raise RuntimeError(f"the rule's choice {rule} fails for {size.label}: {failed.get(rule)}")
@@ -210,7 +252,15 @@ def write_table(results: Sequence[Tuned], path: Path, origin: dict[str, Any]) ->
 
 
 def _entry_key(entry: dict[str, Any]) -> tuple[Any, ...]:
-    return entry["n"], entry["k"], entry["dtype"], entry["weight_dtype"]
+    return entry["n"], entry["k"], entry["dtype"], entry["weight_dtype"], entry["norm_after"]
+
+
+def _wake(work: Callable[[], Any]) -> None:
+    until = time.monotonic() + WAKE_SECONDS
+    while time.monotonic() < until:
+        for _ in range(8):
+            work()
+        torch.cuda.synchronize()
 
 
 def _weights(
@@ -224,11 +274,3 @@ def _weights(
         return weights, None, weights
     count, _ = sets_beyond_cache(nbytes(plain), nbytes(plain), device)
     return weights, scale, [plain, *(plain.clone() for _ in range(count - 1))]
-
-
-def _tile(config: LinearConfig) -> tuple[int, int, int]:
-    return config.block_n, config.block_k, config.split_k
-
-
-def _plainness(config: LinearConfig) -> tuple[bool, int, int, bool]:
-    return config.tma, abs(config.num_stages - MIDDLE_STAGES), config.num_warps, not config.swap

@@ -1,4 +1,4 @@
-"""`eagle bench`: measurements. `accept`: the accept length; `kernels` and `tune`: the Triton kernels."""
+"""`eagle bench`: measurements. `accept`: the accept length; `generate`: latencies; `kernels` and `tune`: the kernels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from typing import Annotated
 
 import typer
 
+from eagle.commands.bench_equality import equality
+from eagle.commands.bench_generate import generate
 from eagle.commands.bench_kernels import kernels, tune
+from eagle.commands.bench_peers import peers
+from eagle.commands.bench_report import report
+from eagle.commands.bench_roofline import roofline
+from eagle.commands.bench_step import step
+from eagle.commands.bench_sweep import sweep
 from eagle.commands.console import device_name, note, open_model
 from eagle.commands.options import (
     MODEL_DEFAULT,
@@ -31,7 +38,7 @@ GPU_BATCH = 16
 
 @app.callback(invoke_without_command=True)
 def show_help(context: typer.Context) -> None:
-    """Measure acceptance and kernels."""
+    """Measure acceptance, whole generations and kernels."""
     if context.invoked_subcommand is None:
         print(context.get_help())
 
@@ -104,5 +111,12 @@ def accept(
     print(f"{loaded.base_model.dtype} on {device_name(loaded.device)}, batch {batch}".removeprefix("torch."))
 
 
+app.command()(generate)
+app.command()(equality)
+app.command()(step)
 app.command()(kernels)
 app.command()(tune)
+app.command()(roofline)
+app.command()(sweep)
+app.command()(peers)
+app.command()(report)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from eagle.commands.console import open_model
+from eagle.commands.measuring import open_for_bench
 from eagle.commands.options import (
     MODEL_DEFAULT,
     PAPER_TREE,
@@ -46,12 +46,12 @@ def step(
     from eagle.bench.step_profile import markdown, profile_step
     from eagle.model.triton_kernels import optimize_eagle_with_triton
 
-    loaded, _ = open_model(model, draft, tree, Kernels.torch if before else kernels, dtype, draft_dtype)
+    loaded = open_for_bench(model, draft, tree, dtype)
     tokenizer = loaded.get_tokenizer()
     ids = encode_prompt(tokenizer, prompt, raw=not has_template(tokenizer))
     found = []
     for switched in (False, True) if before else (True,):
-        if switched and before:
+        if switched:
             optimize_eagle_with_triton(loaded, kernels=kernels.value, draft_dtype=draft_dtype.setting)
         for speculative in (True, False):
             profile = profile_step(loaded, ids, max_new_tokens, speculative=speculative)

@@ -109,7 +109,7 @@ def draft_lines(model: EaModel, location: ModelLocation) -> list[str]:
     """What the user should know about the head: that it is untrained, or how a checkpoint from elsewhere was read."""
     if location.draft_is_untrained or any("untrained" in line for line in model.draft_notes):
         return ["the draft head is untrained: the output is exact, but it comes no sooner than by plain decoding"]
-    if location.preset is not None and location.preset.origin == "embedded":
+    if location.preset is not None and location.preset.origin != "hub":
         return []
     return ["draft head: " + "; ".join(model.draft_notes)] if model.draft_notes else []
 

@@ -1,0 +1,110 @@
+"""Is greedy EAGLE output plain decoding's, token for token? Over prompts, trees, batch sizes and prefix lengths.
+
+Plain decoding of each prompt alone is the reference. Everything else is compared with it: each tree, alone and in batches,
+and plain decoding in batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from eagle.bench.runs import check_prompts, parting
+from eagle.model.ops import TreeShape
+
+if TYPE_CHECKING:
+    from eagle.model.ea_model import EaModel
+
+
+@dataclass(frozen=True)
+class Equality:
+    """One way of decoding, against plain decoding of each prompt alone. ``shape`` is None for plain decoding."""
+
+    shape: TreeShape | None
+    batch: int
+    prompts: int
+    tokens: int
+    accept_length: float
+    partings: dict[int, int]
+    """For each prompt that differs, counted from 1: the first new token that does, counted from 1."""
+
+    @property
+    def equal(self) -> int:
+        return self.prompts - len(self.partings)
+
+    @property
+    def name(self) -> str:
+        return "plain" if self.shape is None else f"{self.shape.total_token},{self.shape.depth},{self.shape.top_k}"
+
+    def __str__(self) -> str:
+        parted = "".join(f"; prompt {number} parts at token {where}" for number, where in self.partings.items())
+        return (
+            f"{self.name}, batch {self.batch}: {self.equal} of {self.prompts} equal, {self.tokens} tokens, "
+            f"accept length {self.accept_length:.2f}{parted}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"name": self.name, "equal": self.equal}
+
+
+def compare(
+    model: EaModel,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    shapes: Iterable[TreeShape],
+    batches: Iterable[int] = (1,),
+    told: Callable[[Equality], None] = lambda result: None,
+) -> list[Equality]:
+    """Decode ``prompts`` every way and compare. The model's tree is left as it was. Raises what `EaModel.stream` does."""
+    check_prompts(model, prompts)
+    reference, _ = _decode(model, prompts, max_new_tokens, 1, speculative=False)
+    found = []
+    before = model.tree_shape
+    try:
+        for batch in batches:
+            for shape in (*shapes, None):
+                if shape is None and batch == 1:
+                    continue  # the reference itself
+                if shape is not None:
+                    model.set_tree(shape.total_token, shape.depth, shape.top_k)
+                rows, lengths = _decode(model, prompts, max_new_tokens, batch, speculative=shape is not None)
+                pairs = enumerate(zip(rows, reference, strict=True), start=1)
+                parted = {number: parting(one, other) for number, (one, other) in pairs}
+                result = Equality(
+                    shape,
+                    batch,
+                    len(prompts),
+                    sum(map(len, rows)),
+                    sum(lengths) / max(1, len(lengths)),
+                    {number: where + 1 for number, where in parted.items() if where is not None},
+                )
+                found.append(result)
+                told(result)
+    finally:
+        model.set_tree(before.total_token, before.depth, before.top_k)
+    return found
+
+
+def lengthened(prompt: list[int], filler: list[int], length: int) -> list[int]:
+    """A prompt of ``length`` tokens: as much of ``filler``, again and again, as it takes, and then ``prompt``."""
+    missing = max(0, length - len(prompt))
+    return (filler * (missing // len(filler) + 1))[:missing] + prompt
+
+
+def _decode(
+    model: EaModel, prompts: list[list[int]], max_new_tokens: int, batch: int, *, speculative: bool
+) -> tuple[list[list[int]], list[int]]:
+    rows: list[list[int]] = []
+    lengths: list[int] = []
+    for begin in range(0, len(prompts), batch):
+        group = prompts[begin : begin + batch]
+        outputs: list[list[int]] = [[] for _ in group]
+        with closing(model.stream(group, max_new_tokens=max_new_tokens, speculative=speculative)) as steps:
+            for new in steps:
+                for row, tokens in zip(outputs, new, strict=True):
+                    row += tokens
+        lengths += model.last_stats.accept_lengths
+        rows += outputs
+    return rows, lengths

@@ -1,0 +1,128 @@
+"""README's table, made from a report and from nothing else: ``python -m eagle.bench.readme_table
+docs/benchmarks/<folder>/report.json`` rewrites what stands between the two marks."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from eagle.bench.report import Content, read_content
+from eagle.bench.report_markdown import table
+from eagle.bench.report_tables import CPU_MARK
+from eagle.errors import EagleError, InvalidInputError
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+BEGIN, END = "<!-- benchmark table -->", "<!-- end of benchmark table -->"
+HEAD = [
+    "model",
+    "plain, tokens/s",
+    "EAGLE, tokens/s",
+    "speed-up",
+    "EAGLE, ms a step",
+    "floor, ms",
+    "accept length",
+    "outputs equal to plain decoding",
+]
+PEER_HEAD = ["model", "engine", "setting", "tokens/s", "ms a step", "accept length", "equal to its own plain output"]
+
+
+def tables(content: Content, path: str) -> str:
+    """The part of README that ``content`` gives. path: of the report, as README links to it.
+
+    Raises InvalidInputError for a report without generations.
+    """
+    rows, told = [], set()
+    for name, entry in content["models"].items():
+        result = entry["parts"].get("generate")
+        if result is None or "error" in result:
+            continue
+        eagle, plain = result["eagle"], result["plain"]
+        told.add(
+            f"{eagle['prompts']} prompts, at most {result['max_new_tokens']} new tokens each, {result['dtype']}, tree "
+            + "/".join(map(str, result["tree"]))
+        )
+        rows.append(
+            (
+                name,
+                f"{plain['tokens_per_second']:.0f}",
+                f"{eagle['tokens_per_second']:.0f}",
+                f"{result['speedup']:.2f}x",
+                f"{1e3 * eagle['step_seconds_median']:.2f}",
+                _floor(entry),
+                f"{eagle['accept_length']:.2f}",
+                f"{result['identical']} of {eagle['prompts']}",
+            )
+        )
+    if not rows:
+        raise InvalidInputError(f"{path} holds no generations; make it with 'eagle bench report --parts generate'")
+    run = content["runs"][-1]
+    where = (
+        f"{content['device']}, {run['date'][:10]}, torch {run['torch']}, triton {run['triton']}: {'; '.join(sorted(told))}, "
+        f"greedy, one prompt at a time, prefill included. Floor: the time in which a step's bytes can be read, at the "
+        f"bandwidth measured in the same run. [The whole report]({Path(path).with_suffix('.md').as_posix()})."
+    )
+    parts = [*([] if content["gpu"] else [f"**{CPU_MARK}**"]), where, table(HEAD, rows)]
+    if peers := _peers(content):
+        parts += ["Beside other engines in the same run, on the same folders and prompts:", table(PEER_HEAD, peers)]
+    return "\n\n".join(parts)
+
+
+def _floor(entry: dict) -> str:
+    rows = entry["parts"].get("roofline", {}).get("rows", [])
+    found = [row for row in rows if row["decoding"] == "EAGLE"]
+    return f"{found[-1]['floor_ms']:.2f}" if found else "–"
+
+
+def _peers(content: Content) -> list[tuple[str, ...]]:
+    return [
+        (
+            name,
+            f"{row['engine']} {row['version'] or ''}".strip(),
+            row["setting"],
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['step_ms']:.2f}" if row["step_ms"] else "–",
+            f"{row['accept_length']:.2f}" if row["accept_length"] else "–",
+            "–" if row["identical"] is None else f"{row['identical']} of {row['prompts']}",
+        )
+        for name, entry in content["models"].items()
+        for row in entry["parts"].get("peers", {}).get("rows", [])
+        if row["state"] == "measured"
+    ]
+
+
+def with_tables(readme: str, made: str) -> str:
+    """``readme`` with ``made`` between the marks. Raises InvalidInputError where they are missing or in disorder."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
+        raise InvalidInputError(f"expected {BEGIN} and, after it, {END} in README.md, each once; put them in")
+    before, after = readme[: readme.index(BEGIN)], readme[readme.index(END) :]
+    return f"{before}{BEGIN}\n{made}\n{after}"
+
+
+def source_of(readme: str) -> Path | None:
+    """The report.json that README's table links to, relative to README; None without a table."""
+    between = readme.partition(BEGIN)[2].partition(END)[0]
+    link = between.partition("[The whole report](")[2].partition(")")[0]
+    return Path(link).with_suffix(".json") if link else None
+
+
+def main(arguments: list[str]) -> int:
+    """Rewrite README.md. → exit code."""
+    if len(arguments) != 1:
+        print("usage: python -m eagle.bench.readme_table docs/benchmarks/<folder>/report.json", file=sys.stderr)
+        return 2
+    path = Path(arguments[0]).resolve()
+    try:
+        if not path.is_relative_to(README.parent):
+            raise InvalidInputError(f"{path} is outside of {README.parent}; README can only link to a file inside")
+        content = read_content(path)
+        made = tables(content, path.relative_to(README.parent).as_posix())
+        README.write_text(with_tables(README.read_text(encoding="utf-8"), made), encoding="utf-8")
+    except EagleError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote the benchmark table of {README}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,80 @@
+"""`eagle bench equality`: greedy EAGLE output against plain decoding's."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eagle.commands.measuring import headline, open_for_bench
+from eagle.commands.options import (
+    MODEL_DEFAULT,
+    PAPER_TREE,
+    DraftOption,
+    Dtype,
+    Kernels,
+    KernelsOption,
+    ModelOption,
+    NewTokensOption,
+    check_flags,
+    parse_tree,
+)
+from eagle.commands.reply import encode_prompt, has_template
+
+
+def equality(
+    model: ModelOption = MODEL_DEFAULT,
+    draft: DraftOption = None,
+    prompts: Annotated[Path | None, typer.Option("--prompts", help="A file as for 'bench accept'.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Only the first N prompts.")] = None,
+    max_new_tokens: NewTokensOption = 256,
+    tree: Annotated[
+        list[str] | None, typer.Option("--tree", metavar="TOTAL,DEPTH,TOPK", help=f"Repeatable. Default: {PAPER_TREE}.")
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option("--batch", help="Repeatable. Default: 1.")] = None,
+    prefix: Annotated[
+        int, typer.Option("--prefix", help="Lengthen each prompt to so many tokens by text before it.")
+    ] = 0,
+    kernels: KernelsOption = Kernels.auto,
+    dtype: Annotated[list[Dtype] | None, typer.Option("--dtype", help="Repeatable. Default: auto.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="A file for the results as JSON.")] = None,
+) -> None:
+    """Whether EAGLE, for each tree and batch size, writes what plain decoding of each prompt alone writes."""
+    from eagle.bench.prompts import read_prompts
+
+    trees = tree or [PAPER_TREE]
+    for text in trees:
+        check_flags(text, kernels, max_new_tokens)
+    chosen = read_prompts(prompts, limit)
+    found = []
+    for kind in dtype or [Dtype.auto]:
+        loaded = open_for_bench(model, draft, trees[0], kind)
+        from eagle.bench.equality import compare, lengthened
+        from eagle.bench.provenance import provenance
+        from eagle.model.ops import TreeShape
+        from eagle.model.triton_kernels import optimize_eagle_with_triton
+
+        optimize_eagle_with_triton(loaded, kernels=kernels.value)
+        print(headline(model, loaded), flush=True)
+        tokenizer, raw = loaded.get_tokenizer(), not has_template(loaded.get_tokenizer())
+        ids = [encode_prompt(tokenizer, prompt.text, raw=raw) for prompt in chosen]
+        if prefix:
+            filler = [token for row in ids for token in row]
+            ids = [lengthened(row, filler, prefix) for row in ids]
+        shapes = [TreeShape(*parse_tree(text)) for text in trees]
+        results = compare(loaded, ids, max_new_tokens, shapes, batch or [1], told=lambda row: print(row, flush=True))
+        name = str(loaded.target.feature_dtype).removeprefix("torch.")
+        found += [{"dtype": name, "prefix": prefix} | result.to_json() for result in results]
+        origin = provenance(loaded.device)
+        del loaded
+    if out is not None:
+        command = shlex.join(["eagle", *sys.argv[1:]])
+        out.parent.mkdir(parents=True, exist_ok=True)
+        values = {"command": command, "provenance": origin, "results": found}
+        out.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    if any(row["partings"] for row in found):
+        raise typer.Exit(1)

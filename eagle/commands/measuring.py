@@ -1,0 +1,156 @@
+"""What the measuring commands share: loading with notes, checks on counts, progress, aligned tables."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from eagle.commands.console import device_name, note, quiet_libraries
+from eagle.commands.options import Dtype, parse_tree
+from eagle.commands.reply import NO_TEMPLATE, has_template
+from eagle.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from eagle.model.ea_model import EaModel
+
+NO_GPU = "no GPU: these are the figures of a CPU, which say little about a GPU's"
+PLOT_FORMATS = (".png", ".svg", ".pdf")
+
+
+def open_for_bench(name: str, draft: str | None, tree: str, dtype: Dtype) -> EaModel:
+    """Load a pair to measure, with the notes a user needs. Raises what `load_for_bench` raises."""
+    shape = parse_tree(tree)
+    wanted = None if dtype is Dtype.auto else dtype.value
+    from eagle.bench.load import builds_in_memory, load_for_bench, prepare
+
+    prepare(name, draft)  # before the libraries are quiet: a first use draws bars of its own
+    quiet_libraries()
+    from rich.console import Console
+
+    # What is built draws a bar of its own.
+    with nullcontext() if builds_in_memory(name) else Console(stderr=True).status(f"Loading {name}"):
+        model = load_for_bench(name, draft, wanted, tree=shape)
+    if any("untrained" in line for line in model.draft_notes):
+        note("the draft head is untrained: the output is exact, but it comes no sooner than by plain decoding")
+    if not has_template(model.get_tokenizer()):
+        note(NO_TEMPLATE)
+    return model
+
+
+def is_raw(model: EaModel) -> bool:
+    """Whether prompts go in as they stand, for want of a chat template."""
+    return not has_template(model.get_tokenizer())
+
+
+def check_counts(**counts: int | None) -> None:
+    """Raises a usage error for an option whose value is below 1; None stands for an option that was not given."""
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise typer.BadParameter(f"--{name.replace('_', '-')} is {value}; expected at least 1")
+
+
+def check_plot(path: Path | None) -> None:
+    """Refuse, before anything runs, a plot that could not be written. Raises InvalidInputError."""
+    if path is None:
+        return
+    if path.suffix.lower() not in PLOT_FORMATS:
+        raise InvalidInputError(f"--plot is {path}; expected a file that ends in {', '.join(PLOT_FORMATS)}")
+    if not path.absolute().parent.is_dir():
+        raise InvalidInputError(f"--plot is {path}, and the folder {path.parent} does not exist; make it first")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InvalidInputError("--plot needs matplotlib, which is not installed: pip install matplotlib")
+
+
+def settings(name: str, draft: str | None, model: EaModel) -> dict[str, Any]:
+    """What was measured where, as JSON values."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    def found(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    shape = model.tree_shape
+    return {
+        "model": name,
+        "draft": draft,
+        "dtype": dtype_name(model),
+        "tree": [shape.total_token, shape.depth, shape.top_k],
+        "device": device_name(model.device),
+        "gpu": model.device.type == "cuda",
+        "versions": {
+            package: found(package) for package in ("eagle-triton-kernels", "torch", "transformers", "triton")
+        },
+    }
+
+
+def dtype_name(model: EaModel) -> str:
+    return str(model.base_model.dtype).removeprefix("torch.")
+
+
+def headline(name: str, model: EaModel) -> str:
+    """Model, dtype, tree and device in one line."""
+    shape = model.tree_shape
+    tree = f"{shape.total_token}/{shape.depth}/{shape.top_k}"
+    return f"{name}, {dtype_name(model)}, tree {tree}, on {device_name(model.device)}"
+
+
+def kernels_line(model: EaModel) -> str:
+    """What serves the ops now, in one line."""
+    choices = model.kernel_report()
+    served = list(dict.fromkeys(choice.op for choice in choices if choice.implementation == "triton"))
+    steps = ", ".join(f"{choice.op} {choice.implementation}" for choice in choices if choice.op in ("step", "target"))
+    if not served:
+        return f"no Triton kernel serves: {choices[0].reason}; {steps}"
+    return f"Triton kernels serve {', '.join(served)}; {steps}"
+
+
+@contextmanager
+def progress(what: str = "runs") -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on standard error, where that is a terminal. → a function to tell what runs now, how much is done and how
+    much there is."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda name, done, total: bar.update(task, description=name, completed=done, total=total)
+
+
+@contextmanager
+def spinner() -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
+    """A line on standard error, where that is a terminal, that says what goes on. → a function to say it, and one to
+    take the line away, as is needed before anything is printed."""
+    from rich.console import Console
+
+    status = Console(stderr=True).status("")
+
+    def tell(what: str) -> None:
+        status.update(what)
+        status.start()
+
+    try:
+        yield tell, status.stop
+    finally:
+        status.stop()
+
+
+def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table in plain text: the first column to the left, figures to the right."""
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+
+    def line(row: Sequence[str]) -> str:
+        first, *others = (
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        return "  ".join((first, *others)).rstrip()
+
+    return [line(row) for row in (head, *rows)]

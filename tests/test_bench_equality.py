@@ -1,0 +1,52 @@
+"""Equality of outputs: found where there is one, and every difference reported with its place."""
+
+from __future__ import annotations
+
+import torch
+from tiny import tiny_eagle
+
+from eagle.bench import equality
+from eagle.bench.equality import compare, lengthened
+from eagle.model.ops import TreeShape
+
+SHAPES = (TreeShape(12, 2, 3), TreeShape(4, 2, 1))
+
+
+def prompts(count: int = 5) -> list[list[int]]:
+    return [torch.randint(1, 17, (3 + index,)).tolist() for index in range(count)]
+
+
+def test_every_way_is_compared() -> None:
+    model = tiny_eagle()
+    before, seen = model.tree_shape, []
+    found = compare(model, prompts(), 15, SHAPES, (1, 3), told=seen.append)
+    assert seen == found
+    assert [(row.shape, row.batch) for row in found] == [
+        (SHAPES[0], 1), (SHAPES[1], 1), (SHAPES[0], 3), (SHAPES[1], 3), (None, 3)
+    ]  # fmt: skip
+    assert all(row.equal == row.prompts == 5 and row.tokens == 75 and not row.partings for row in found)
+    assert found[0].accept_length > 1.0 == found[-1].accept_length
+    assert model.tree_shape == before
+
+
+def test_a_difference_is_placed(monkeypatch) -> None:
+    original = equality._decode
+
+    def wrong(model, rows, new, batch, *, speculative):
+        outputs, lengths = original(model, rows, new, batch, speculative=speculative)
+        if speculative:
+            outputs[2][6] ^= 1
+        return outputs, lengths
+
+    monkeypatch.setattr(equality, "_decode", wrong)
+    (result,) = compare(tiny_eagle(), prompts(), 15, SHAPES[:1])
+    assert result.partings == {3: 7}
+    assert "4 of 5 equal" in str(result)
+    assert "prompt 3 parts at token 7" in str(result)
+    assert result.to_json()["equal"] == 4
+
+
+def test_prompts_are_lengthened_in_front() -> None:
+    assert lengthened([1, 2], [7, 8, 9], 9) == [7, 8, 9, 7, 8, 9, 7, 1, 2]
+    assert lengthened([1, 2], [7], 2) == [1, 2]
+    assert lengthened([1, 2, 3], [7], 2) == [1, 2, 3]
