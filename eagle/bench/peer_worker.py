@@ -58,7 +58,7 @@ class VLLM:
         options: dict[str, Any] = {}
         self._speculative = bool(request["options"])
         if self._speculative:
-            options["speculative_config"] = {"method": "eagle3", "model": request["head"], **request["options"]}
+            options["speculative_config"] = {"model": request["head"], **request["options"]}
         # Without prefix caching every run computes its prompt; the counters below need the statistics.
         self._llm = LLM(
             model=request["target"],
@@ -89,11 +89,7 @@ class SGLang:
 
         options: dict[str, Any] = {}
         if request["options"]:
-            options = {
-                "speculative_algorithm": "EAGLE3",
-                "speculative_draft_model_path": request["head"],
-                **request["options"],
-            }
+            options = {"speculative_draft_model_path": request["head"], **request["options"]}
         self._passes: int | None = 0 if options else None
         self._engine = sglang.Engine(
             model_path=request["target"], dtype=request["dtype"], disable_radix_cache=True, **options

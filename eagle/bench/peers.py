@@ -57,18 +57,22 @@ class Peer:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def known_peers(tree: tuple[int, int, int] = (60, 7, 10)) -> tuple[Peer, ...]:
-    """This package with ``tree`` and every other engine, plain decoding of each first."""
+def known_peers(tree: tuple[int, int, int] = (60, 7, 10), kind: str = "eagle3") -> tuple[Peer, ...]:
+    """This package with ``tree`` and every other engine, plain decoding of each first. kind: the head's, as
+    `eagle.model.draft_config.DraftConfig` has it."""
+    name = "EAGLE-3" if kind == "eagle3" else "EAGLE"
+    vllm = {"method": "eagle3" if kind == "eagle3" else "eagle"}
+    sglang = {"speculative_algorithm": "EAGLE3" if kind == "eagle3" else "EAGLE"}
     return (
         Peer("eagle", PLAIN),
         Peer("eagle", "EAGLE " + "/".join(map(str, tree)), {"tree": list(tree)}),
         Peer("transformers", PLAIN),
         Peer("transformers", "prompt lookup, 10 tokens", {"prompt_lookup_num_tokens": 10}),
         Peer("vllm", PLAIN),
-        Peer("vllm", "EAGLE-3, chain of 3", {"num_speculative_tokens": 3}),
+        Peer("vllm", f"{name}, chain of 3", vllm | {"num_speculative_tokens": 3}),
         Peer("sglang", PLAIN),
-        Peer("sglang", "EAGLE-3, 5 steps, top-k 4, 16 nodes", _sglang(5, 4, 16)),
-        Peer("sglang", "EAGLE-3, 7 steps, top-k 10, 60 nodes", _sglang(7, 10, 60)),
+        Peer("sglang", f"{name}, 5 steps, top-k 4, 16 nodes", sglang | _sglang(5, 4, 16)),
+        Peer("sglang", f"{name}, 7 steps, top-k 10, 60 nodes", sglang | _sglang(7, 10, 60)),
     )
 
 

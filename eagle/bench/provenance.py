@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 import shlex
 import shutil
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
 from eagle import __version__
 
@@ -28,7 +28,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "eagle": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": _triton_version(),
         "cuda": torch.version.cuda,
         "platform": platform.platform(),
         "device": "CPU, Triton's interpreter",
@@ -63,6 +63,14 @@ def git_commit() -> str | None:
     commit = _output(["git", "-C", str(root), "rev-parse", "HEAD"])
     changes = _output(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"])
     return commit if not commit or not changes else f"{commit}+changes"
+
+
+def _triton_version() -> str | None:
+    if importlib.util.find_spec("triton") is None:  # as on macOS and Windows
+        return None
+    import triton
+
+    return triton.__version__
 
 
 def _output(command: list[str]) -> str | None:

@@ -8,21 +8,12 @@ from pathlib import Path
 
 from eagle.bench.report import Content, read_content
 from eagle.bench.report_markdown import table
+from eagle.bench.report_summary import HEAD, generations, summary_rows
 from eagle.bench.report_tables import CPU_MARK
 from eagle.errors import EagleError, InvalidInputError
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 BEGIN, END = "<!-- benchmark table -->", "<!-- end of benchmark table -->"
-HEAD = [
-    "model",
-    "plain, tokens/s",
-    "EAGLE, tokens/s",
-    "speed-up",
-    "EAGLE, ms a step",
-    "floor, ms",
-    "accept length",
-    "outputs equal to plain decoding",
-]
 PEER_HEAD = ["model", "engine", "setting", "tokens/s", "ms a step", "accept length", "equal to its own plain output"]
 
 
@@ -31,30 +22,14 @@ def tables(content: Content, path: str) -> str:
 
     Raises InvalidInputError for a report without generations.
     """
-    rows, told = [], set()
-    for name, entry in content["models"].items():
-        result = entry["parts"].get("generate")
-        if result is None or "error" in result:
-            continue
-        eagle, plain = result["eagle"], result["plain"]
-        told.add(
-            f"{eagle['prompts']} prompts, at most {result['max_new_tokens']} new tokens each, {result['dtype']}, tree "
-            + "/".join(map(str, result["tree"]))
-        )
-        rows.append(
-            (
-                name,
-                f"{plain['tokens_per_second']:.0f}",
-                f"{eagle['tokens_per_second']:.0f}",
-                f"{result['speedup']:.2f}x",
-                f"{1e3 * eagle['step_seconds_median']:.2f}",
-                _floor(entry),
-                f"{eagle['accept_length']:.2f}",
-                f"{result['identical']} of {eagle['prompts']}",
-            )
-        )
+    rows = summary_rows(content)
     if not rows:
         raise InvalidInputError(f"{path} holds no generations; make it with 'eagle bench report --parts generate'")
+    told = {
+        f"{result['eagle']['prompts']} prompts, at most {result['max_new_tokens']} new tokens each, {result['dtype']}, tree "
+        + "/".join(map(str, result["tree"]))
+        for result in generations(content).values()
+    }
     run = content["runs"][-1]
     where = (
         f"{content['device']}, {run['date'][:10]}, torch {run['torch']}, triton {run['triton']}: {'; '.join(sorted(told))}, "
@@ -65,12 +40,6 @@ def tables(content: Content, path: str) -> str:
     if peers := _peers(content):
         parts += ["Beside other engines in the same run, on the same folders and prompts:", table(PEER_HEAD, peers)]
     return "\n\n".join(parts)
-
-
-def _floor(entry: dict) -> str:
-    rows = entry["parts"].get("roofline", {}).get("rows", [])
-    found = [row for row in rows if row["decoding"] == "EAGLE"]
-    return f"{found[-1]['floor_ms']:.2f}" if found else "–"
 
 
 def _peers(content: Content) -> list[tuple[str, ...]]:

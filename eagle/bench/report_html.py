@@ -64,12 +64,7 @@ def bars_svg(bars: Bars) -> str:
         ]
         if mark is not None:
             x = LABEL + WIDTH * mark / longest
-            shapes.append(
-                f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top + 1}" y2="{top + ROW - 1}" stroke="var(--mark)" stroke-width="2"/>'
-            )
-    title = escape(bars.title, quote=True)
-    return (
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{title}">'
-        + "".join(shapes)
-        + "</svg>"
-    )
+            ends = f'x1="{x:.1f}" x2="{x:.1f}" y1="{top + 1}" y2="{top + ROW - 1}"'
+            shapes.append(f'<line {ends} stroke="var(--mark)" stroke-width="2"/>')
+    frame = f'viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{escape(bars.title, quote=True)}"'
+    return f"<svg {frame}>" + "".join(shapes) + "</svg>"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,12 +16,16 @@ from eagle.bench.prompts import Prompt
 from eagle.bench.provenance import clocks
 from eagle.bench.roofline import measure_roofline
 from eagle.bench.sweep import Grid, measure_sweep
+from eagle.errors import EagleError
 from eagle.model.triton_kernels import optimize_eagle_with_triton, restore_eagle
 
 if TYPE_CHECKING:
     import torch
 
     from eagle.model.ea_model import EaModel
+
+FAILURES = (EagleError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError, OSError)
+"""What a part may raise where a library, a launch or the machine fails."""
 
 Told = Callable[[str, int, int], None]
 
@@ -105,6 +110,15 @@ def _optimised(model: EaModel) -> Iterator[None]:
         yield
     finally:
         restore_eagle(model, originals)
+
+
+def part_failures() -> tuple[type[Exception], ...]:
+    """`FAILURES`, and Triton's own where it is installed."""
+    if importlib.util.find_spec("triton") is None:
+        return FAILURES
+    from triton.errors import TritonError
+
+    return (*FAILURES, TritonError)
 
 
 def served_line(model: EaModel) -> str:

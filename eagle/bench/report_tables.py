@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from eagle.bench.report import Content, failures
+from eagle.bench.report_summary import HEAD, generations, summary_rows
 
 CPU_MARK = "No GPU was there: these are the figures of a CPU, which say little about a GPU's."
 
@@ -33,6 +34,13 @@ class Section:
 
 def sections(content: Content) -> Iterator[Section]:
     """All that a report holds, in order."""
+    if rows := summary_rows(content):
+        speeds = [
+            (f"{name}, {way}", result[key]["tokens_per_second"], None)
+            for name, result in generations(content).items()
+            for way, key in (("EAGLE", "eagle"), ("plain", "plain"))
+        ]
+        yield Section("Models", HEAD, rows, bars=[Bars("Tokens/s", "", speeds)])
     yield Section("Where it was measured", ("", "value"), list(_origin(content)))
     if lines := failures(content):
         yield Section("What went wrong", notes=lines)
@@ -121,16 +129,8 @@ def generate_section(model: str, result: dict[str, Any]) -> Section:
         f"speed-up {result['speedup']:.2f}x; outputs identical to plain decoding: {result['identical']} of {prompts}",
         *_parted(result["first_difference"]),
     ]
-    bars = [
-        Bars(
-            "Tokens/s",
-            "",
-            [("EAGLE", both[0]["tokens_per_second"], None), ("plain", both[1]["tokens_per_second"], None)],
-        ),
-        Bars(
-            "Steps that committed at least so many tokens", "%", [(str(n), 100 * part, None) for n, part in positions]
-        ),
-    ]
+    values = [(str(position), 100 * share, None) for position, share in positions]
+    bars = [Bars("Steps that committed at least so many tokens", "%", values)]
     return Section(f"{model}: generation", ("", "EAGLE", "plain"), rows, notes, bars)
 
 
@@ -237,7 +237,7 @@ def peers_section(model: str, result: dict[str, Any]) -> Section:
         )
         if measured:
             bars.append((f"{row['engine']}, {row['setting']}", row["tokens_per_second"], None))
-    head = ("engine", "setting", "tokens/s", "ms a step", "accept length", "equal to its own plain output", "")
+    head = ("engine", "setting", "tokens/s", "ms a step", "accept length", "equal to its own plain output", "remark")
     notes = [
         f"the same folders and {result['prompts']} prompts, at most {result['max_new_tokens']} new tokens each, greedy, one "
         "at a time, each engine in its own process after a run that does not count; prefill is in the times"

@@ -1,4 +1,5 @@
-"""`eagle bench`: measurements. `accept`: the accept length; `generate`: latencies; `kernels` and `tune`: the kernels."""
+"""`eagle bench`: measurements. `accept`: the accept length; `generate`: latencies; `roofline` and `sweep`: a step against
+its bytes, and trees; `peers`: other engines; `report`: all of it on one page; `kernels` and `tune`: the kernels."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ GPU_BATCH = 16
 
 @app.callback(invoke_without_command=True)
 def show_help(context: typer.Context) -> None:
-    """Measure acceptance, whole generations and kernels."""
+    """Measure acceptance, whole generations, steps, trees, other engines and kernels."""
     if context.invoked_subcommand is None:
         print(context.get_help())
 

@@ -25,6 +25,8 @@ from eagle.commands.measuring import (
 from eagle.commands.options import (
     MODEL_DEFAULT,
     TREE_DEFAULT,
+    DraftDtype,
+    DraftDtypeOption,
     DraftOption,
     Dtype,
     DtypeOption,
@@ -65,6 +67,7 @@ def generate(
     kernels: KernelsOption = Kernels.auto,
     tree: TreeOption = TREE_DEFAULT,
     dtype: DtypeOption = Dtype.auto,
+    draft_dtype: DraftDtypeOption = DraftDtype.same,
     quick: Annotated[
         bool, typer.Option("--quick", help=f"{QUICK_PROMPTS} of the prompts, at most {QUICK_TOKENS} new tokens.")
     ] = False,
@@ -86,7 +89,7 @@ def generate(
     from eagle.bench.generate import measure_prompts
     from eagle.model.triton_kernels import optimize_eagle_with_triton
 
-    optimize_eagle_with_triton(loaded, kernels=kernels.value)
+    optimize_eagle_with_triton(loaded, kernels=kernels.value, draft_dtype=draft_dtype.setting)
     tokenizer, raw = loaded.get_tokenizer(), is_raw(loaded)
     ids = [encode_prompt(tokenizer, prompt.text, raw=raw) for prompt in chosen]
     if loaded.device.type != "cuda":
@@ -100,6 +103,7 @@ def generate(
         "batch": batch,
         "num_runs": num_runs,
         "kernels": kernels.value,
+        "draft_dtype": draft_dtype.value,
     }
     values = settings(model, draft, loaded) | asked | report.to_json()
     heading = [

@@ -132,7 +132,10 @@ def run_peers(
     told: Any,
 ) -> list[PeerRow]:
     """Make plain folders of model and head, encode the prompts, run the engines. Raises what fetching raises."""
+    from tempfile import TemporaryDirectory
+
     from eagle.bench.peers import Work, known_peers, measure_peers
+    from eagle.bench.portable_head import portable_head
     from eagle.model.fetch import fetch
     from eagle.model.loading import load_tokenizer
     from eagle.model.locate import no_head
@@ -152,6 +155,9 @@ def run_peers(
     raw = not has_template(tokenizer)
     ids = [encode_prompt(tokenizer, prompt.text, raw=raw) for prompt in prompts]
     wanted = dtype.value if dtype is not Dtype.auto else "auto" if on_gpu else "float32"
-    chosen = [peer for peer in known_peers(parse_tree(tree)) if not engines or peer.engine in engines]
-    work = Work(folders[0].resolve(), folders[1].resolve(), ids, max_new_tokens, wanted)
-    return measure_peers(work, chosen, pythons=pythons, timeout=timeout, logs=logs, told=told)
+    with TemporaryDirectory() as place:
+        target = folders[0].resolve()
+        head, kind = portable_head(target, folders[1].resolve(), Path(place, "head"))
+        chosen = [peer for peer in known_peers(parse_tree(tree), kind) if not engines or peer.engine in engines]
+        work = Work(target, head, ids, max_new_tokens, wanted)
+        return measure_peers(work, chosen, pythons=pythons, timeout=timeout, logs=logs, told=told)

@@ -218,9 +218,11 @@ def _model_parts(
 
 def _attempt(what: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The result, or the error in its place: one part's trouble is not the report's."""
+    from eagle.bench.report_parts import part_failures
+
     try:
         return work()
-    except (EagleError, RuntimeError) as error:  # the latter: what a kernel, a launch or a library raises
+    except part_failures() as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
         note(f"{what} failed: {reason}")
