@@ -14,7 +14,7 @@ from tiny_folder import save_pair
 
 from eagle.bench import peer_worker
 from eagle.bench.peers import ABSENT, FAILED, MEASURED, PLAIN, Peer, Work, known_peers, last_error, measure_peers
-from eagle.bench.portable_head import portable_head
+from eagle.model.portable_head import portable_head
 from eagle.cli import main
 from eagle.errors import InvalidInputError
 from eagle.model.checkpoint_files import read_tensors

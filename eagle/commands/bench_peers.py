@@ -135,7 +135,7 @@ def run_peers(
     from tempfile import TemporaryDirectory
 
     from eagle.bench.peers import Work, known_peers, measure_peers
-    from eagle.bench.portable_head import portable_head
+    from eagle.model.portable_head import portable_head
     from eagle.model.fetch import fetch
     from eagle.model.loading import load_tokenizer
     from eagle.model.locate import no_head

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from eagle.errors import EagleError, InvalidInputError, OutOfMemoryError
 from eagle.model.embedded import MANIFEST
 from eagle.model.locate import RANDOM_DRAFT, ensure_local, locate
+from eagle.model.portable_head import portable_head
 
 _LINK_FROM_BYTES = 10_000_000
 
@@ -25,7 +27,8 @@ def fetch(
     """Bring a model and its head to this machine; later runs need no network.
 
     Without ``out`` they stay in the caches. With it, ``out/target`` and ``out/head`` become plain Hugging Face folders
-    (large files are hard links into the cache where the disk allows it), and ``out`` itself is a name for the pair.
+    (large files are hard links into the cache where the disk allows it), and ``out`` itself is a name for the pair. The
+    shipped head, which leaves its output matrix to the target, gets one of its own there: other engines need it.
 
     → the target's folder and, where there is a head, the head's.
 
@@ -46,7 +49,16 @@ def fetch(
         folders.append(ensure_local(location.draft, "head", progress=progress))
     if out is None:
         return folders
-    return [_place(source, out / part) for source, part in zip(folders, parts, strict=False)]
+    shipped = location.preset is not None and location.preset.origin == "embedded" and ea_model_path is None
+    with tempfile.TemporaryDirectory(dir=_existing_parent(out)) as scratch:
+        if shipped and len(folders) == 2:
+            folders[1], _ = portable_head(folders[0], folders[1], Path(scratch, "head"))
+        return [_place(source, out / part) for source, part in zip(folders, parts, strict=False)]
+
+
+def _existing_parent(folder: Path) -> Path:
+    """The nearest folder above that exists: on the same disk, mostly."""
+    return next(parent for parent in folder.absolute().parents if parent.is_dir())
 
 
 def _place(source: Path, destination: Path) -> Path:

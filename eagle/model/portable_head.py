@@ -37,4 +37,5 @@ def portable_head(target: Path, head: Path, folder: Path) -> tuple[Path, str]:
     rows = torch.arange(state.config.draft_vocab_size) + state.tensors["d2t"]
     state.tensors["lm_head.weight"] = output[rows].to(state.tensors["fc.weight"].dtype)
     save_draft(state, folder)
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes 0600, and others may read the copy
     return folder, state.config.kind
