@@ -9,6 +9,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import importlib
 from collections.abc import Iterator
 
 import pytest
@@ -25,9 +26,9 @@ from eagle.model.triton_kernels.linear_config import (
     BLOCK_M,
     DeviceTraits,
     LinearConfig,
-    candidates,
     choose,
     device_traits,
+    rule,
 )
 from eagle.model.triton_kernels.quantize import dequantize_weight, pack_gate_up, pack_rows, quantize_weight
 
@@ -212,6 +213,29 @@ def test_tma(kind: torch.dtype, swap: bool) -> None:
         linear(x[:, 1:], weight[:, 1:], scale=scale, config=copied)
 
 
+def test_a_choice_yields_where_the_copy_engine_cannot_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    if HAS_GPU and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs Hopper's copy engine")
+    launcher = importlib.import_module("eagle.model.triton_kernels.linear")
+    monkeypatch.setattr(launcher, "choose", lambda *_, **__: LinearConfig(64, 32, tma=True))
+    x, weight = normal(5, 41, dtype=torch.float16), weight_like(20, 41, torch.float16)
+    for left, right in ((x[:, 1:], weight[:, 1:]), (x[:, 1:].contiguous(), weight[:, 1:])):
+        assert torch.equal(linear(left, right), linear(left, right, config=LinearConfig(64, 32)))
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("kind", ONE_BYTE, ids=["int8", "fp8"])
+def test_every_value_of_a_byte_is_exact(kind: torch.dtype, swap: bool) -> None:
+    dtype = torch.bfloat16 if HAS_GPU else torch.float16
+    codes = torch.arange(-128, 128, device=DEVICE).to(torch.int8)
+    if kind == torch.float8_e4m3fn:
+        codes[[127, 255]] = 0  # NaN otherwise
+    codes = codes.view(kind).view(2, 128)
+    scale, one_each = torch.ones(2, device=DEVICE), torch.eye(128, dtype=dtype, device=DEVICE)
+    out = linear(one_each, codes, scale=scale, config=LinearConfig(64, 128, num_stages=2, swap=swap))
+    assert torch.equal(out.float(), codes.to(torch.float32).T)
+
+
 def test_no_rows() -> None:
     x, weight = torch.empty(2, 0, 8, device=DEVICE), torch.randn(6, 8, device=DEVICE)
     assert linear(x, weight).shape == (2, 0, 6)
@@ -282,19 +306,13 @@ def test_packing() -> None:
 @pytest.mark.parametrize(
     "shape", [(6144, 4096), (4096, 14336), (128256, 4096), (960, 576), (576, 1536), (7, 5)], ids=str
 )
-def test_choice_and_candidates_fit_the_device(shape: tuple[int, int], weight_dtype: torch.dtype) -> None:
+def test_choice_fits_the_device(shape: tuple[int, int], weight_dtype: torch.dtype) -> None:
     dtype = torch.float32 if weight_dtype == torch.float32 else torch.bfloat16
     for device in (H100, DeviceTraits("small", (8, 6), 28, 101376), device_traits(torch.device("cpu"))):
-        chosen = choose(*shape, dtype, weight_dtype, device)
-        found = candidates(*shape, dtype, weight_dtype, device)
-        assert found[0] == chosen
-        assert len(set(found)) == len(found) < 300
-        for config in found:
-            assert config.shared_memory(dtype.itemsize, weight_dtype.itemsize) <= device.shared_memory
-            assert not config.tma or device.capability >= (9, 0)
-            assert min(config.block_n, config.block_k) >= 16
-        filled = -(-shape[0] // chosen.block_n) * chosen.split_k
-        assert filled >= 0.9 * device.sms or chosen.block_n == 16 or shape[0] * shape[1] < 8e6
+        for chosen in (choose(*shape, dtype, weight_dtype, device), rule(*shape, dtype, weight_dtype, device)):
+            assert chosen.shared_memory(dtype.itemsize, weight_dtype.itemsize) <= device.shared_memory
+            assert not (chosen.tma or chosen.prefetch) or device.capability >= (9, 0)
+            assert min(chosen.block_n, chosen.block_k) >= 16
     assert BLOCK_M == 64
 
 
@@ -350,3 +368,29 @@ def test_captured_in_a_graph() -> None:
     expected = linear_add_rms_norm(x, weight, residual, gain, EPS)
     assert torch.equal(out, expected[0])
     assert torch.equal(total, expected[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("k", [576, 4096])
+def test_launches_that_overlap_wait_for_each_other(k: int) -> None:
+    weights = [weight_like(k, k, torch.bfloat16) for _ in range(8)]
+    x, gain = normal(60, k, dtype=torch.bfloat16), torch.ones(k, dtype=torch.bfloat16, device=DEVICE)
+
+    def chain(wait: bool) -> torch.Tensor:
+        out, total = x, x
+        for weight in weights:
+            out, total = linear_add_rms_norm(out, weight, total, gain, EPS)
+            out = linear(out, weight)
+            if wait:
+                torch.cuda.synchronize()
+        return out
+
+    expected = chain(wait=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = chain(wait=False)
+    for _ in range(20):
+        out.zero_()
+        graph.replay()
+        assert torch.equal(out, expected)

@@ -48,18 +48,19 @@ def attention(
     """Grouped-query attention of new rows over the cache that already holds their keys.
 
     q: [B, T, Hq, D] float16, bfloat16 or float32; k_cache: [B, Hkv, S, D]; v_cache: [B, Hkv, S, Dv], both in q's
-    dtype; kv_len: [B] int64; tree_words: [B, T, W] int64 or None. window, softcap as in the PyTorch op. Returns
-    [B, T, Hq, Dv]. Raises ValueError for shapes, dtypes, strides or devices that do not fit, and with EAGLE_DEBUG=1
-    for lengths or mask bits outside the cache.
+    dtype; kv_len: [B] int64; tree_words: [B, T, W] int64 or None; scale: above 0. window, softcap as in the
+    PyTorch op. Returns [B, T, Hq, Dv]. Raises ValueError for shapes, dtypes, strides, devices or a scale that do not
+    fit, and with EAGLE_DEBUG=1 for lengths or mask bits outside the cache.
     """
-    _check(q, k_cache, v_cache, kv_len, tree_words, window, softcap)
+    _check(q, k_cache, v_cache, kv_len, tree_words, scale, window, softcap)
     rows, size, v_size = q.shape[1], q.shape[3], v_cache.shape[3]
     capability = _capability(q.device)
     if tree_words is None and rows > DECODE_ROWS:
         config = prefill_config(size, v_size, q.dtype, capability)
         return prefill_attention(q, k_cache, v_cache, kv_len, scale, window, softcap, config)
-    group = q.shape[2] // k_cache.shape[1]
-    config = decode_config(rows * group, group, size, v_size, q.dtype, capability)
+    kv_heads, slots = k_cache.shape[1:3]
+    group = q.shape[2] // kv_heads
+    config = decode_config(rows * group, group, kv_heads, slots, size, v_size, q.dtype, capability)
     return decode_attention(q, k_cache, v_cache, kv_len, tree_words, scale, window, softcap, config)
 
 
@@ -74,6 +75,7 @@ def _check(
     v: torch.Tensor,
     kv_len: torch.Tensor,
     words: torch.Tensor | None,
+    scale: float,
     window: int | None,
     softcap: float | None,
 ) -> None:
@@ -96,6 +98,8 @@ def _check(
         require(rows <= WORD_BITS * words.shape[2], "every row needs a mask bit: 64 a word", **given)
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 or None; got {window}")
+    if scale <= 0:
+        raise ValueError(f"scale must be positive; got {scale}")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be positive or None; got {softcap}")
     if debugging():

@@ -1,11 +1,13 @@
 """Launch configurations of the attention kernels, chosen from sizes, dtype and device alone.
 
-What must not vary for decoding to be bit for bit the same with and without a tree: ``block_n``, ``unit``, ``path_m``,
-``path_warps`` and ``merge_splits`` depend on the model (dtype, head sizes, group) and the device, never on the number
-of rows, the batch or the cache bound. ``prefix_m`` may follow the number of rows only where a row's arithmetic does not
-depend on the tile's height. That is so for Hopper's wgmma, where Triton stacks all warps along M: each row lies inside
-one warp and is reduced in one order. Elsewhere (mma.sync, float32 on the ordinary units) the compiler spreads the warps
-of a 64-row tile along N and those of a taller one along M, so the height is fixed at ``path_m``.
+What must not vary for decoding to be bit for bit the same with and without a tree: ``block_n``, ``splits``, ``tail``,
+``path_warps`` and ``narrow_states`` depend on the model (dtype, head sizes, heads) and the device, never on the number
+of rows, the batch or the cache bound. ``prefix_m`` may follow rows and cache bound only where a row's arithmetic does
+not depend on the tile's height. That is so for Hopper's wgmma, where Triton stacks all warps along M: each row lies
+inside one warp and is reduced in one order. Elsewhere (mma.sync, float32 on the ordinary units) the compiler spreads
+the warps of a 64-row tile along N and those of a taller one along M, so the height is fixed.
+
+Times in the comments: one H100, bfloat16, 60 tree nodes, microseconds for both kernels at prefixes 512 and 8192.
 """
 
 from __future__ import annotations
@@ -19,24 +21,38 @@ LARGE_SHARED_MEMORY = ((8, 0), (9, 0), (10, 0), (10, 3))
 """Capabilities with at least 160 KiB of shared memory a program; the others have about 99 KiB."""
 
 HOPPER = 9
-"""Major capability of the GPUs with wgmma."""
+"""Major capability of the GPUs with wgmma, and the first with programmatic dependent launch."""
 
-MERGE_ELEMENTS = 8192
-"""Partial outputs merged at once: 64 float32 registers a thread with 4 warps."""
+PATH_HEADS = 16
+"""Heads of a group that a program of the path kernel takes: the tensor core's least height."""
+
+TAIL = 16
+"""A row's last keys, which it reads by itself. Paths of the usual trees (depth 5 to 10) fit: all rows share the body."""
+
+SHORT_SLOTS = 2048
+"""Cache bound up to which tiles stay low: more programs at once count for more than reading the cache fewer times.
+32 / 8 heads of 128: [64] 10.0 and 38.4, [128] 11.3 and 30.1."""
+
+REGISTERS = {64: 128, 128: 168}
+"""By head size, what the loop over whole blocks needs on Hopper. Without the cap the compiler takes 255 for the turns
+of deep paths, and the path kernel finds no room beside: 12.1 with, 15.8 without (heads of 128). It spills there only.
+"""
 
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Tiles of the two decoding kernels. Sizes are powers of two; ``unit`` is a multiple of ``block_n``."""
+    """Tiles of the two decoding kernels. Sizes are powers of two."""
 
     prefix_m: int  # rows × group heads a program of the prefix kernel holds
     prefix_warps: int
-    path_m: int  # group heads a program of the path kernel holds
-    path_warps: int
-    block_n: int  # cache positions a step
-    unit: int  # length of the first splits in positions, see `count_splits`
     stages: int
-    merge_splits: int  # splits merged at once
+    prefix_registers: int | None  # most a thread may use
+    block_n: int  # cache positions a step
+    splits: int  # block j is split j mod splits' work
+    tail: int  # a row's last keys, left to the path kernel
+    path_warps: int
+    narrow_states: bool  # the splits' outputs pass through memory in the model's dtype, not in float32
+    overlap: bool  # programmatic dependent launch: each kernel starts beside the one before it
 
 
 @dataclass(frozen=True)
@@ -49,43 +65,62 @@ class PrefillConfig:
     stages: int
 
 
-def count_splits(slots: int, unit: int) -> int:
-    """How many splits cover ``slots`` positions.
-
-    Split boundaries are fixed positions, whatever the length: 4 splits of ``unit`` positions, 6 of 2 units, 12 of 4
-    units, then 16 units each (with a unit of 128: to 512, 2048, 8192 and beyond). Short prefixes so get enough
-    programs, and long ones do not drown in partial results, each of which is as large as the output in float32.
-    """
-    units = triton.cdiv(slots, unit)
-    near, middle, far = min(units, 4), min(max(units - 4, 0), 12), min(max(units - 16, 0), 48)
-    return near + triton.cdiv(middle, 2) + triton.cdiv(far, 4) + triton.cdiv(max(units - 64, 0), 16)
-
-
 def decode_config(
-    rows: int, group: int, size: int, v_size: int, dtype: torch.dtype, capability: tuple[int, int] | None
+    rows: int,
+    group: int,
+    kv_heads: int,
+    slots: int,
+    size: int,
+    v_size: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int] | None,
 ) -> DecodeConfig:
-    """rows: tree rows × ``group``, the query heads of a kv head; capability: the device's, None in the interpreter."""
+    """rows: tree rows × ``group``, the query heads of a kv head; slots: the cache bound; capability: the device's, None
+    in the interpreter."""
     wide = max(16, triton.next_power_of_2(max(size, v_size)))
+    half = dtype != torch.float32
+    heads = min(triton.next_power_of_2(group), PATH_HEADS)
+    splits = _splits(kv_heads) if capability is not None else 4
 
-    def merged(path_m: int) -> int:
-        heads = min(triton.next_power_of_2(group), path_m)
-        return min(16, max(1, MERGE_ELEMENTS // (heads * wide)))
+    def config(prefix_m: int, warps: int, stages: int, block_n: int) -> DecodeConfig:
+        return DecodeConfig(
+            prefix_m,
+            warps,
+            stages,
+            REGISTERS.get(wide) if hopper and half else None,
+            block_n,
+            splits=splits,
+            tail=TAIL if capability is not None else 4,
+            # The fewest that hold its tiles in registers: 11.8 with 1 warp, 12.6 with 2 (32 / 8 heads of 128).
+            path_warps=min(4, max(1, heads * wide * splits // 4096, wide // 128)) if half else 4,
+            # 11.3 against 11.8 and 30.1 against 31.2 with heads of 128; no gain with 9 / 3 heads of 64.
+            narrow_states=half and (wide > 64 or capability is None),
+            # 11.8 against 15.3 with heads of 128, 6.0 against 8.6 with heads of 64.
+            overlap=capability is not None and capability[0] >= HOPPER,
+        )
 
+    hopper = capability is not None and capability[0] == HOPPER
     if capability is None:
-        return DecodeConfig(16, 4, 16, 4, block_n=16, unit=32, stages=1, merge_splits=min(4, merged(16)))
-    if dtype == torch.float32:  # ieee dots keep whole operand rows in registers, hence the small tiles
-        return DecodeConfig(16, 4, 16, 4, block_n=32, unit=128, stages=2, merge_splits=merged(16))
-    # Taller tiles read the cache fewer times; [256, 64] and [128, 128] float32 accumulators take 64 registers a thread.
-    roomy = capability in LARGE_SHARED_MEMORY
-    if capability[0] == HOPPER and rows > 128 and wide <= 64:
-        prefix_m, warps = 256, 8
-    elif capability[0] == HOPPER and rows > 64:
-        prefix_m, warps = 128, 8
-    else:
-        prefix_m, warps = 64, 4
+        return config(16, 4, 1, block_n=16)
+    if not half:  # ieee dots keep whole operand rows in registers, hence the small tiles
+        return config(16, 4, 2, block_n=32) if wide <= 64 else config(16, 8, 1, block_n=16)
+    stages = 3 if capability in LARGE_SHARED_MEMORY and wide <= 128 else 2
     block_n = 64 if wide <= 128 else 32  # with [64, 256] accumulators, longer blocks spill
-    stages = 3 if roomy and wide <= 128 else 2
-    return DecodeConfig(prefix_m, warps, 64, 4, block_n=block_n, unit=128, stages=stages, merge_splits=merged(64))
+    if hopper and rows > 64 and wide > 64:  # heads of 64: [64] 6.4 and 13.9, [128] 6.8 and 14.9
+        return config(64, 4, 2, block_n) if slots <= SHORT_SLOTS else config(128, 8, stages, block_n)
+    return config(64, 4, stages, block_n)
+
+
+def _splits(kv_heads: int) -> int:
+    """Enough to fill the device with one or two tiles of rows; each adds a partial result as large as the output.
+
+    8 kv heads of 128: 8 splits 11.3 and 30.1, 16 splits 14.0 and 37.2. 3 of 64: 8 splits 6.0 and 15.9, 16 splits 6.0
+    and 13.5, 32 splits 7.0 and 13.6.
+    """
+    splits = 4
+    while splits < 32 and 2 * splits * kv_heads <= 64:
+        splits *= 2
+    return splits
 
 
 def prefill_config(size: int, v_size: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> PrefillConfig:

@@ -86,7 +86,7 @@ def _prefill_kernel(
         seen = position[None, :] <= own[:, None]
         if HAS_WINDOW:
             seen = seen & (own[:, None] - position[None, :] < window)
-        top, total, acc = attend_block(q_tile, k_tile, v_tile, seen, top, total, acc, scale, softcap, HAS_SOFTCAP)
+        top, total, acc = attend_block(q_tile, k_tile, v_tile, seen, top, total, acc, scale, softcap, HAS_SOFTCAP, True)
 
     acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
     out_at = out + ((b * rows + row) * HEADS + query_head)[:, None] * V_SIZE + dv[None, :]

@@ -6,8 +6,7 @@ the dtypes and the device, never by the number of rows: that is what makes a row
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -19,6 +18,17 @@ BLOCK_M = 64
 
 LATENCY_BYTES = 8 << 20
 """Below this a weight streams in under 3 µs: a second launch for split K (1.2 µs and a reduction) costs more."""
+
+
+MAX_STAGES = 8
+MAX_RESIDENT = 4
+"""Programs a multiprocessor is given room for at once; more would leave each too few stages."""
+
+SPARE_BYTES = 3072
+"""Of shared memory beside the pipeline's buffers: barriers, and what a resident program reserves."""
+
+PREFETCH_LINES = 4
+"""Of 128 bytes: what the copies of the first stages read."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +47,9 @@ class LinearConfig:
     """One launch: a tile of ``block_n`` outputs, K in steps of ``block_k``, K cut into ``split_k`` programs.
 
     ``swap`` puts the weight on the left of the dot, where Hopper's wgmma reads registers: one-byte weights are then
-    converted without a way back through shared memory. ``tma`` loads the weight by Hopper's copy engine (capability
-    9.0 and up; the weight 16-byte aligned, its row stride a multiple of 16 bytes).
+    converted without a way back through shared memory. ``tma`` loads x and the weight by Hopper's copy engine
+    (capability 9.0 and up; both 16-byte aligned, their row strides multiples of 16 bytes). ``prefetch``: how many lines
+    of 128 bytes of each of a tile's rows of the weight to ask for before x is there (9.0 and up).
     """
 
     block_n: int
@@ -48,16 +59,20 @@ class LinearConfig:
     num_stages: int = 4
     swap: bool = False
     tma: bool = False
+    prefetch: int = 0
 
     def shared_memory(self, x_size: int, weight_size: int) -> int:
-        """Bytes of the pipeline's buffers for element sizes in bytes."""
-        return self.num_stages * self.block_k * (self.block_n * weight_size + BLOCK_M * x_size)
+        """Bytes of the pipeline's buffers for element sizes in bytes, as Triton lays them out.
+
+        A weight that is converted leaves its buffer a step earlier, and goes back to shared memory unless it is on the
+        left of the dot.
+        """
+        converted = weight_size < x_size
+        weights = (self.num_stages - converted) * weight_size + (converted and not self.swap) * x_size
+        return self.block_k * (self.num_stages * BLOCK_M * x_size + self.block_n * weights)
 
 
 INTERPRETER = DeviceTraits("cpu", (0, 0), 1, 1 << 18)
-
-TUNED: dict[tuple[str, int, int, torch.dtype, torch.dtype], LinearConfig] = {}
-"""Choices by (device name, N, K, dtype of x, dtype of the weight) that go before the measured tables of `tuned_table`."""
 
 
 @cache
@@ -72,65 +87,61 @@ def device_traits(device: torch.device) -> DeviceTraits:
 
 
 @cache
-def choose(n: int, k: int, dtype: torch.dtype, weight_dtype: torch.dtype, device: DeviceTraits) -> LinearConfig:
-    """The configuration for x [M, K] of ``dtype`` and a weight [N, K] of ``weight_dtype``, for every M."""
-    tuned = TUNED.get((device.name, n, k, dtype, weight_dtype))
-    if tuned is None and (fields := tuned_linears(device.name).get((n, k, dtype, weight_dtype))) is not None:
-        tuned = LinearConfig(**fields)
-    return tuned if tuned is not None else _rule(n, k, dtype, weight_dtype, device)
+def choose(
+    n: int, k: int, dtype: torch.dtype, weight_dtype: torch.dtype, device: DeviceTraits, *, norm_after: bool = False
+) -> LinearConfig:
+    """The configuration for x [M, K] of ``dtype`` and a weight [N, K] of ``weight_dtype``, for every M.
+
+    norm_after: for `linear_add_rms_norm`, whose second launch is there anyway, so that splitting K costs less.
+    """
+    table = tuned_linears(device.name)
+    # float16 moves and multiplies as bfloat16 does
+    alike = tuple(torch.bfloat16 if kind == torch.float16 else kind for kind in (dtype, weight_dtype))
+    for key in ((dtype, weight_dtype, norm_after), (*alike, norm_after), (dtype, weight_dtype, False), (*alike, False)):
+        if (fields := table.get((n, k, *key))) is not None:
+            return LinearConfig(**fields)
+    return rule(n, k, dtype, weight_dtype, device)
 
 
-def candidates(
-    n: int, k: int, dtype: torch.dtype, weight_dtype: torch.dtype, device: DeviceTraits
-) -> list[LinearConfig]:
-    """Configurations worth timing for a size: those that fit the device and fill at least half of it; the rule's first."""
-    one_byte, wide = weight_dtype.itemsize == 1, dtype == torch.float32
-    copy_engine = device.capability >= (9, 0) and not wide and k * weight_dtype.itemsize % 16 == 0
-    found = [_rule(n, k, dtype, weight_dtype, device)]
-    blocks_n = (16, 32, 64) if wide else (16, 32, 64, 128, 256)
-    blocks_k = (32,) if wide else (128, 256) if one_byte else (64, 128)
-    for block_n, block_k, split_k in itertools.product(blocks_n, blocks_k, (1, 2, 3, 4, 6, 8)):
-        programs = -(-n // block_n) * split_k
-        too_few = 2 * programs < device.sms and block_n > 16
-        if too_few or (split_k > 1 and (programs > 2 * device.sms or split_k * block_k > k)):
-            continue
-        swaps = (False, True) if one_byte and block_n >= 64 else (False,)
-        warps = (4, 8) if block_n >= 128 else (4,)
-        tmas = (False, True) if copy_engine else (False,)
-        for swap, num_warps, num_stages, tma in itertools.product(swaps, warps, (3, 4, 6), tmas):
-            config = LinearConfig(block_n, block_k, split_k, num_warps, num_stages, swap, tma)
-            if _fits(config, dtype, weight_dtype, device) and config not in found:
-                found.append(config)
-    return found
+def rule(n: int, k: int, dtype: torch.dtype, weight_dtype: torch.dtype, device: DeviceTraits) -> LinearConfig:
+    """For sizes nobody has timed, what most of the timed ones came to.
+
+    Tiles of N that give two thirds of the multiprocessors one, K whole, and as deep a pipeline as leaves every program
+    room at once. One-byte weights, which must be widened, want tiles for the tensor core's left side (64 and more).
+    """
+    hopper, wide, one_byte = device.capability >= (9, 0), dtype == torch.float32, weight_dtype.itemsize == 1
+    small = n * k * weight_dtype.itemsize < LATENCY_BYTES
+    block_n = 64 if wide else 128
+    # halving the tile doubles the reads of x (from L2); splitting K instead adds a second launch
+    while block_n > (16 if small else 64 if one_byte else 32) and 3 * -(-n // block_n) < 2 * device.sms:
+        block_n //= 2
+    split_k = 2 if one_byte and not small and 3 * -(-n // block_n) < 2 * device.sms else 1
+    config = LinearConfig(
+        block_n,
+        block_k=32 if wide else 256 if block_n in (16, 64) else 128,
+        split_k=split_k,
+        num_warps=8 if wide else 4,
+        swap=one_byte and block_n >= BLOCK_M,
+        tma=hopper and not wide and k * weight_dtype.itemsize % 16 == 0 and k * dtype.itemsize % 16 == 0,
+        prefetch=PREFETCH_LINES if hopper else 0,
+    )
+    return replace(config, num_stages=stages(config, n, k, dtype, weight_dtype, device))
 
 
-def _rule(n: int, k: int, dtype: torch.dtype, weight_dtype: torch.dtype, device: DeviceTraits) -> LinearConfig:
-    """For sizes nobody has timed: enough programs to fill the device, as few re-reads of x as that allows."""
-    if dtype == torch.float32:
-        block_n, block_k = 64, 32
-    else:
-        # a row's piece of a tile is one 128-byte line of memory
-        block_n, block_k = 128, 128 // weight_dtype.itemsize
-    split_k = 1
-    if n * k * weight_dtype.itemsize < LATENCY_BYTES:
-        while block_n > 16 and 3 * -(-n // block_n) < 2 * device.sms:
-            block_n //= 2
-    else:
-        # halving the tile doubles the reads of x (from L2); splitting K adds partial sums instead, which are fewer
-        tiles, steps = -(-n // block_n), -(-k // block_k)
-        while 10 * tiles * split_k < 9 * device.sms and split_k < 8 and steps >= 8 * split_k:
-            split_k *= 2
-    swap = weight_dtype.itemsize == 1 and block_n >= 64
-    num_warps = 8 if dtype == torch.float32 or swap else 4
-    alone = -(-n // block_n) * split_k <= device.sms
-    num_stages = 6 if alone else 4  # with one program on each SM, its own loads must cover the memory's latency
-    config = LinearConfig(block_n, block_k, split_k, num_warps, num_stages, swap)
-    while config.num_stages > 2 and not _fits(config, dtype, weight_dtype, device):
-        config = LinearConfig(block_n, block_k, split_k, num_warps, config.num_stages - 1, swap)
-    return config
+def stages(
+    config: LinearConfig, n: int, k: int, dtype: torch.dtype, weight_dtype: torch.dtype, device: DeviceTraits
+) -> int:
+    """As deep a pipeline as a program has steps for, and as leaves every program room at once."""
+    programs, steps = -(-n // config.block_n) * config.split_k, -(-k // (config.block_k * config.split_k))
+    resident = min(MAX_RESIDENT, -(-programs // device.sms))
+    room, depth = device.shared_memory // resident - SPARE_BYTES, max(2, min(MAX_STAGES, steps + 1))
+    sizes = (dtype.itemsize, weight_dtype.itemsize)
+    while depth > 2 and replace(config, num_stages=depth).shared_memory(*sizes) > room:
+        depth -= 1
+    return depth
 
 
-def _fits(config: LinearConfig, dtype: torch.dtype, weight_dtype: torch.dtype, device: DeviceTraits) -> bool:
-    # one more copy of the converted operand may be held beside the pipeline, and barriers: 2 KiB
-    needed = config.shared_memory(dtype.itemsize, weight_dtype.itemsize) + 2048
+def fits(config: LinearConfig, dtype: torch.dtype, weight_dtype: torch.dtype, device: DeviceTraits) -> bool:
+    """Whether a program's buffers and sums have room on the device."""
+    needed = config.shared_memory(dtype.itemsize, weight_dtype.itemsize) + SPARE_BYTES
     return needed <= device.shared_memory and config.block_n * BLOCK_M <= 128 * config.num_warps * 32

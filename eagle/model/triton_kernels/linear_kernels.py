@@ -10,6 +10,10 @@ import triton.language as tl
 
 from eagle.model.triton_kernels.mlp import silu_mul
 from eagle.model.triton_kernels.norm import normalise
+from eagle.model.triton_kernels.widen import widen
+
+LINE = tl.constexpr(128)
+"""Bytes of a line of the cache."""
 
 
 @triton.jit
@@ -68,10 +72,32 @@ def _row_scales(
     return tl.rsqrt(tl.sum(squares, 1) / k + eps)
 
 
+@triton.jit
+def _prefetch(
+    weight_rows,  # [BLOCK_N, 1] pointers
+    begin,
+    end,
+    LINES: tl.constexpr,
+):
+    """Ask L2 for the first lines of the program's rows of the weight, while the kernel that makes x still runs."""
+    line: tl.constexpr = LINE // (weight_rows.dtype.element_ty.primitive_bitwidth // 8)
+    at = tl.minimum(begin + tl.arange(0, LINES) * line, tl.maximum(end, 1) - 1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [(weight_rows + at[None, :]).to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
 @triton.jit(do_not_specialize=["m"])
 def product_kernel(
     x,  # [M, K]
-    weight,  # [N, K]; with TMA its descriptor
+    x_copier,  # its descriptor for the copy engine, or None
+    weight,  # [N, K]
+    copier,  # likewise
     scale,  # [N] float32 or None
     bias,  # [N] or None
     residual,  # [M, N] or None
@@ -88,26 +114,31 @@ def product_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     SWAP: tl.constexpr,
-    TMA: tl.constexpr,
     SWIGLU: tl.constexpr,
+    HOPPER: tl.constexpr,
+    LINES: tl.constexpr,
 ):
     # tiles of rows come first in the grid: those that share a piece of the weight run together
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     first_col = tl.program_id(1) * BLOCK_N
     cols = first_col + tl.arange(0, BLOCK_N)
     split = tl.program_id(2)
-    steps = tl.cdiv(tl.cdiv(k, BLOCK_K), SPLIT_K)
+    steps = tl.cdiv(tl.cdiv(k, BLOCK_K), tl.num_programs(2))
     begin = split * steps * BLOCK_K
     end = tl.minimum(begin + steps * BLOCK_K, k)
 
     row_inside = (rows < m)[:, None]
     x_rows = x + rows.to(tl.int64)[:, None] * x_stride
-    if not TMA:
-        # columns beyond N read the last row again, which spares the loop a mask; they are not stored
-        weight_rows = weight + tl.minimum(cols, n - 1).to(tl.int64)[:, None] * weight_stride
+    # columns beyond N read the last row again, which spares the loop a mask; they are not stored
+    weight_rows = weight + tl.minimum(cols, n - 1).to(tl.int64)[:, None] * weight_stride
+    if HOPPER:
+        # what follows may be put in place already; what came before is waited for, but the weight is nobody's result
+        tl.extra.cuda.gdc_launch_dependents()
+        if LINES > 0:
+            _prefetch(weight_rows, begin, end, LINES)
+        tl.extra.cuda.gdc_wait()
     if norm_weight is not None:
         row_scale = _row_scales(x_rows, row_inside, k, eps, BLOCK_M, BLOCK_K)[:, None]
 
@@ -115,18 +146,22 @@ def product_kernel(
     for start in range(begin, end, BLOCK_K):
         at = start + tl.arange(0, BLOCK_K)
         x_inside = row_inside if EVEN_K else row_inside & (at < k)[None, :]
-        left = tl.load(x_rows + at[None, :], mask=x_inside, other=0.0, eviction_policy="evict_last")
-        if TMA:
-            right = weight.load([first_col, start])
-        elif EVEN_K:
-            right = tl.load(weight_rows + at[None, :], eviction_policy="evict_first")
+        if x_copier is not None:
+            left = x_copier.load([tl.program_id(0) * BLOCK_M, start])
         else:
-            right = tl.load(weight_rows + at[None, :], mask=(at < k)[None, :], other=0.0, eviction_policy="evict_first")
+            left = tl.load(x_rows + at[None, :], mask=x_inside, other=0.0, eviction_policy="evict_last")
+        here = weight_rows + at[None, :]
+        if copier is not None:
+            right = copier.load([first_col, start])
+        elif EVEN_K:
+            right = tl.load(here, eviction_policy="evict_first")
+        else:
+            right = tl.load(here, mask=(at < k)[None, :], other=0.0, eviction_policy="evict_first")
         if norm_weight is not None:
             gain = tl.load(norm_weight + at, mask=at < k, other=0.0).to(tl.float32)[None, :]
             normed = (left.to(tl.float32) * row_scale).to(left.dtype).to(tl.float32)
             left = (normed * gain).to(left.dtype)
-        right = right.to(left.dtype)
+        right = widen(right, left.dtype, HOPPER)
         if SWAP:
             total = tl.dot(right, tl.trans(left), total, input_precision="ieee")
         else:
@@ -134,7 +169,7 @@ def product_kernel(
 
     if SWAP:
         total = tl.trans(total)
-    if SPLIT_K == 1:
+    if partial is None:
         _finish(total, scale, bias, residual, out, rows, first_col, m, n, residual_stride, BLOCK_N, SWIGLU)
     else:
         at_rows = split.to(tl.int64) * m + rows
@@ -156,7 +191,11 @@ def reduce_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SWIGLU: tl.constexpr,
+    HOPPER: tl.constexpr,
 ):
+    if HOPPER:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     first_col = tl.program_id(1) * BLOCK_N
     cols = first_col + tl.arange(0, BLOCK_N)
@@ -184,7 +223,11 @@ def add_norm_kernel(
     eps,
     SPLIT_K: tl.constexpr,
     BLOCK: tl.constexpr,
+    HOPPER: tl.constexpr,
 ):
+    if HOPPER:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     dtype: tl.constexpr = total.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -199,8 +242,8 @@ def add_norm_kernel(
         value = value + tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
     value = value.to(dtype).to(tl.float32)
     value += tl.load(residual + row * residual_stride + at, mask=inside, other=0.0).to(tl.float32)
+    gain = tl.load(norm_weight + at, mask=inside, other=0.0).to(tl.float32)  # ahead of the store, which may alias it
     rounded = value.to(dtype)
     tl.store(total + row * n + at, rounded, mask=inside)
-    gain = tl.load(norm_weight + at, mask=inside, other=0.0).to(tl.float32)
     normed = normalise(rounded.to(tl.float32), gain, n, eps, dtype)
     tl.store(out + row * n + at, normed.to(dtype), mask=inside)

@@ -2,7 +2,8 @@
 
 A file lies in `tuned/` beside this module, named after the device; the environment variable EAGLE_TUNED adds one of the
 user's own, which goes before it. A file holds ``{"device": name, "linear": [{"n", "k", "dtype", "weight_dtype",
-"config": {…}, measured times}, …]}`` and counts only on the device it names.
+"norm_after", "config": {…}, measured times}, …]}`` and counts on the device it names. A device without a file of its own
+takes that of its family: GPUs of one architecture with as many multiprocessors, whose memory alone differs.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn)
 }
+FAMILIES = {r"\b(H100|H200|H800|GH200)\b": "NVIDIA H100 80GB HBM3"}
+"""Patterns of device names, and the device whose table serves them: Hopper's 132 (PCIe: 114) multiprocessors."""
+
+Key = tuple[int, int, torch.dtype, torch.dtype, bool]
 
 
 def file_name(device_name: str) -> str:
@@ -29,21 +34,33 @@ def file_name(device_name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-") + ".json"
 
 
+def relative(device_name: str) -> str:
+    """The device whose shipped table serves this one: itself, or its family's where it has none."""
+    if (FOLDER / file_name(device_name)).exists():
+        return device_name
+    return next((name for pattern, name in FAMILIES.items() if re.search(pattern, device_name)), device_name)
+
+
 @cache
-def tuned_linears(device_name: str) -> dict[tuple[int, int, torch.dtype, torch.dtype], dict[str, int | bool]]:
-    """Fields of the linear's configuration by (N, K, dtype of x, dtype of the weight); empty where nobody measured.
+def tuned_linears(device_name: str) -> dict[Key, dict[str, int | bool]]:
+    """Fields of the linear's configuration by (N, K, dtype of x, of the weight, whether a norm follows);
+    empty where nobody measured.
 
     Raises ValueError for a file that cannot be read as described, or that EAGLE_TUNED names and is not there.
     """
-    files = [FOLDER / file_name(device_name)] if (FOLDER / file_name(device_name)).exists() else []
+    shipped = relative(device_name)
+    path = FOLDER / file_name(shipped)
+    found = _entries(path, shipped) if path.exists() else {}
     if own := os.environ.get(VARIABLE):
-        files.append(Path(own))
-    found = {}
-    for path in files:
-        content = _read(path)
-        if content["device"] == device_name:
-            found |= {_key(entry, path): entry["config"] for entry in content["linear"]}
+        found |= _entries(Path(own), device_name)
     return found
+
+
+def _entries(path: Path, device_name: str) -> dict[Key, dict[str, int | bool]]:
+    content = _read(path)
+    if content["device"] != device_name:
+        return {}
+    return {_key(entry, path): entry["config"] for entry in content["linear"]}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -56,12 +73,12 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _key(entry: dict[str, Any], path: Path) -> tuple[int, int, torch.dtype, torch.dtype]:
+def _key(entry: dict[str, Any], path: Path) -> Key:
     try:
         config = entry["config"]
         sizes = (config["block_n"], config["block_k"], config["split_k"], entry["n"], entry["k"])
         whole = all(type(size) is int and size > 0 for size in sizes)
-        key = (entry["n"], entry["k"], DTYPES[entry["dtype"]], DTYPES[entry["weight_dtype"]])
+        key = (entry["n"], entry["k"], DTYPES[entry["dtype"]], DTYPES[entry["weight_dtype"]], entry["norm_after"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"an entry of {path} lacks or misnames {error}; run `eagle bench tune` again") from None
     if not whole:
