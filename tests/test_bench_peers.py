@@ -14,12 +14,12 @@ from tiny_folder import save_pair
 
 from eagle.bench import peer_worker
 from eagle.bench.peers import ABSENT, FAILED, MEASURED, PLAIN, Peer, Work, known_peers, last_error, measure_peers
-from eagle.model.portable_head import portable_head
 from eagle.cli import main
 from eagle.errors import InvalidInputError
 from eagle.model.checkpoint_files import read_tensors
 from eagle.model.checkpoints import load_draft, save_draft
 from eagle.model.draft_config import TargetSpec
+from eagle.model.portable_head import portable_head
 
 PROMPTS = [[3, 4, 5], [8, 2], [9, 1, 1]]
 OTHERS = tuple(peer for peer in known_peers() if peer.engine in ("vllm", "sglang"))

@@ -19,6 +19,7 @@ from eagle.commands import doctor, generate
 from eagle.errors import DownloadError
 from eagle.model.ops import Ops
 from eagle.model.presets import PRESETS
+from eagle.model.triton_kernels.hardware import FlashAttention, Hardware
 
 
 @pytest.fixture(scope="module")
@@ -212,10 +213,39 @@ def test_doctor(capsys, monkeypatch, tmp_path):
     assert report["cache"]["default_model_present"] is False
     assert any("eagle fetch" in entry["fix"] for entry in report["problems"])
     assert len(report["gpus"]) == torch.cuda.device_count()
+    assert set(report["running"]) == {"step", "tuned"}
+    assert "flash-attn" in report["versions"]
+    if not torch.cuda.is_available():
+        assert report["running"]["step"] == "op by op: a capture needs an NVIDIA GPU, not cpu"
     assert cli.main(["doctor"]) == 0
     printed = capsys.readouterr().out
     assert str(tmp_path) in printed
     assert "eagle fetch" in printed
+
+
+@pytest.mark.parametrize(
+    ("gpu", "tuned"), [("NVIDIA H200", "NVIDIA H100 80GB HBM3"), ("NVIDIA L40S", "none: by rule")], ids=["H200", "L40S"]
+)
+def test_doctor_on_a_gpu_tells_how_steps_run(gpu, tuned, monkeypatch):
+    flash = FlashAttention("flash_attn", "2.8.3", "flash_attn does not import (undefined symbol)")
+    found = Hardware("cuda", gpu, (9, 0), flash=flash)
+    monkeypatch.setattr("eagle.model.triton_kernels.hardware.default_hardware", lambda: found)
+    running, problems = doctor.run_report(doctor.op_report())
+    assert running["step"].startswith("captured")
+    assert tuned in running["tuned"]
+    assert "FlashAttention 2.8.3 can't be used: flash_attn does not import" in problems[0]["problem"]
+    assert not problems[0]["fatal"]
+    assert doctor.run_report({"linear": {"implementation": "torch"}})[0]["step"].startswith("op by op")
+
+
+def test_doctor_names_a_broken_table(monkeypatch, tmp_path):
+    monkeypatch.setenv("EAGLE_TUNED", str(tmp_path / "none.json"))
+    monkeypatch.setattr(
+        "eagle.model.triton_kernels.hardware.default_hardware", lambda: Hardware("cuda", "NVIDIA Nobody", (9, 0))
+    )
+    _, problems = doctor.run_report({})
+    assert "none.json" in problems[0]["problem"]
+    assert "EAGLE_TUNED" in problems[0]["fix"]
 
 
 def test_doctor_names_what_is_missing(capsys, monkeypatch):

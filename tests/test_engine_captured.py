@@ -51,7 +51,7 @@ def test_replays_give_the_eager_tokens_and_restore_undoes_it(fused: str, options
     wanted = eagle.generate(ids, max_new_tokens=80, **options)
     _, original = optimize_eagle_with_triton(eagle, engine="captured", fused=fused, kernels="triton")
     assert torch.equal(eagle.generate(ids, max_new_tokens=80, **options), wanted)
-    assert eagle._session._static, "nothing was captured"
+    assert eagle._session.captures.steps(), "nothing was captured"
     restore_eagle(eagle, original)
     assert eagle.engine.engine == "eager"
     assert eagle.target.fused is None
@@ -91,7 +91,7 @@ def test_replays_do_not_synchronise() -> None:
     eagle = build()
     optimize_eagle_with_triton(eagle, engine="captured")
     eagle.generate(prompt(1, 9), max_new_tokens=20)
-    (step,) = eagle._session._static.values()
+    (step,) = eagle._session.captures.steps()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(5):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from tiny import tiny_draft, tiny_eagle, tiny_target
@@ -9,7 +11,7 @@ from tiny import tiny_draft, tiny_eagle, tiny_target
 from eagle.engine.session import Session
 from eagle.engine.settings import EngineSettings
 from eagle.engine.state import StaticState
-from eagle.errors import InvalidInputError
+from eagle.errors import InvalidInputError, UnsupportedModelError
 from eagle.model.ea_model import EaModel
 from eagle.model.ops import DecodeState
 
@@ -23,8 +25,8 @@ def eagle(request: pytest.FixtureRequest) -> EaModel:
 
 def static(monkeypatch: pytest.MonkeyPatch, model: EaModel) -> None:
     """Have a CPU model run its steps over static buffers."""
-    monkeypatch.setattr(Session, "captures", True)
-    model._session.configure(EngineSettings("captured", exact=model.exact), model.ea_layer)
+    monkeypatch.setattr(Session, "replays", True)
+    model.configure_engine(EngineSettings("captured", exact=model.exact))
 
 
 def prompts(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,7 +50,7 @@ def test_static_steps_give_the_eager_tokens(eagle, lengths, options, speculative
     assert eagle.last_stats.steps == before.steps
     assert torch.equal(eagle.generate(ids, **ends), ended)
     assert torch.equal(eagle.generate(ids, **options), wanted), "an earlier call's end tokens or uniforms stayed"
-    assert len(eagle._session._static) == 1, "equal calls must share one step"
+    assert len(eagle._session.captures.steps()) == 1, "equal calls must share one step"
 
 
 def test_a_longer_call_gets_larger_caches_and_a_new_step(eagle, monkeypatch) -> None:
@@ -78,9 +80,9 @@ def test_settings_can_change_between_calls_only(eagle, monkeypatch) -> None:
     stream = eagle.stream(prompts(4)[0], max_new_tokens=9)
     next(stream)
     with pytest.raises(InvalidInputError, match="still open"):
-        eagle._session.configure(EngineSettings(), eagle.ea_layer)
+        eagle.configure_engine(EngineSettings())
     stream.close()
-    eagle._session.configure(EngineSettings(), eagle.ea_layer)
+    eagle.configure_engine(EngineSettings())
 
 
 @pytest.mark.parametrize("bad", [{"engine": "fast"}, {"fused": True}, {"draft_dtype": "int4"}])
@@ -89,30 +91,112 @@ def test_unknown_settings_are_refused(bad: dict) -> None:
         EngineSettings(**bad)
 
 
-def test_only_capturing_fails_loudly_or_falls_back_with_a_reason(monkeypatch) -> None:
+def test_a_failed_capture_is_an_error_where_asked_for_and_a_warning_else(monkeypatch) -> None:
     model = tiny_target()
     eagle = EaModel(model, tiny_draft(model), total_token=12, depth=1, top_k=4)
-    monkeypatch.setattr(Session, "captures", property(lambda self: self.eager_reason is None))
-    monkeypatch.setattr("eagle.engine.graphs.StaticStep._body", _sync)
-    monkeypatch.setattr("eagle.engine.graphs.StaticStep._capture", lambda self, pool: self._body())
-    monkeypatch.setattr("eagle.engine.session.StaticStep", _capturing)
-    eagle._session.configure(EngineSettings("captured"), eagle.ea_layer)
-    with pytest.raises(ValueError, match=r"can't be captured .operation not permitted"):
+    monkeypatch.setattr(Session, "replays", property(lambda self: self.captures.step_reason is None))
+    monkeypatch.setattr("eagle.engine.captures.StaticStep", _fails)
+    eagle.configure_engine(EngineSettings("captured"))
+    with pytest.raises(UnsupportedModelError, match=r"can't be captured .operation not permitted"):
         eagle.generate(prompts(4)[0], max_new_tokens=5)
-    eagle._session.configure(EngineSettings("auto"), eagle.ea_layer)
+    eagle.configure_engine(EngineSettings("auto"))
     with pytest.warns(UserWarning, match="one op at a time"):
         out = eagle.generate(prompts(4)[0], max_new_tokens=5)
     assert out.shape[1] == 9
+    assert eagle.engine_trouble.startswith("operation not permitted")
 
 
-def _sync(_: object) -> None:
+def _fails(*_: object, **__: object) -> None:
     raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
 
-def _capturing(run, *, capture, pool):
-    from eagle.engine.graphs import StaticStep
+def test_batch_sizes_keep_their_captures_and_the_prefix(eagle, monkeypatch) -> None:
+    static(monkeypatch, eagle)
+    one, two = prompts(12)[0], prompts(9, 9)[0]
+    first = eagle.generate(one, max_new_tokens=20)
+    eagle.generate(two, max_new_tokens=20)
+    steps = set(eagle._session.captures.steps())
+    again = [token for new in eagle.stream(first, max_new_tokens=5, reuse_prefix=True) for token in new[0]]
+    assert eagle.last_stats.reused_tokens > 0, "another batch size took the chat's prefix"
+    assert len(again) == 5
+    eagle.generate(two, max_new_tokens=20)
+    assert set(eagle._session.captures.steps()) >= steps
 
-    return StaticStep(run, capture=True, pool=pool)
+
+@pytest.mark.parametrize("inside_first", [True, False])
+def test_inference_mode_may_come_and_go(eagle, monkeypatch, inside_first: bool) -> None:
+    static(monkeypatch, eagle)
+    ids = prompts(7)[0]
+    found = []
+    for inside in (inside_first, not inside_first):
+        with torch.inference_mode(inside):
+            found.append(eagle.generate(ids, max_new_tokens=20, temperature=0.7, seed=1).clone())
+    assert torch.equal(*found)
+
+
+def test_a_hook_or_another_weight_after_fusing_is_seen(monkeypatch) -> None:
+    eagle = tiny_eagle()
+    eagle.exact = False
+    static(monkeypatch, eagle)
+    eagle.configure_engine(EngineSettings("auto", fused="auto"))
+    ids, called = prompts(7)[0], []
+    eagle.generate(ids, max_new_tokens=5)
+    assert eagle.target.fused is not None
+    layer = eagle.base_model.model.layers[1].mlp
+    handle = layer.register_forward_hook(lambda *_: called.append(1))
+    eagle.generate(ids, max_new_tokens=5)
+    assert called
+    assert "hook" in eagle.engine_trouble
+    handle.remove()
+    eagle.generate(ids, max_new_tokens=5)
+    assert eagle.target.fused is not None
+    for tensor in (layer.down_proj.weight, eagle.base_model.model.norm.weight):
+        tensor.data = tensor.data * 1.5 + torch.randn_like(tensor) * 0.2
+        got = eagle.generate(ids, max_new_tokens=25)
+        mask = torch.ones_like(ids)
+        wanted = eagle.base_model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=25, pad_token_id=0)
+        assert torch.equal(got, wanted)
+
+
+def test_a_failed_switch_leaves_things_as_they_were() -> None:
+    model = tiny_target()
+    eagle = EaModel(model, tiny_draft(model, hidden_act="gelu"), total_token=12, depth=1, top_k=4)
+    eagle.configure_engine(EngineSettings(fused="auto"))
+    assert eagle.target.fused is not None
+    with pytest.raises(UnsupportedModelError, match="head can't be fused"):
+        eagle.configure_engine(EngineSettings(fused="off", draft_dtype="int8"))
+    assert eagle.engine == EngineSettings(fused="auto")
+    assert eagle.target.fused is not None
+
+
+def test_settings_may_change_in_another_thread(monkeypatch) -> None:
+    eagle = tiny_eagle()
+    ids = prompts(7)[0]
+    wanted = eagle.generate(ids, max_new_tokens=12)
+    wrong: list[object] = []
+    done = threading.Event()
+
+    def generate() -> None:
+        while not done.is_set():
+            out = eagle.generate(ids, max_new_tokens=12)
+            if not torch.equal(out, wanted):
+                wrong.append(out)
+
+    def guarded() -> None:
+        try:
+            generate()
+        except Exception as error:  # noqa: BLE001 - whatever a thread raises is the finding
+            wrong.append(error)
+
+    threads = [threading.Thread(target=guarded) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for index in range(12):
+        eagle.configure_engine(EngineSettings(fused="on" if index % 2 == 0 else "off"))
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 @pytest.mark.parametrize("batch", [1, 3, 9])

@@ -21,6 +21,8 @@ from eagle.model.triton_kernels.selection import OPS
 
 pytest.importorskip("triton")
 
+from eagle.model.triton_kernels import dense
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON = {"kernels": "triton"}
 
@@ -84,7 +86,7 @@ def test_same_tokens_with_kernels(kind, rows, sampling):
         kernel = getattr(model.ops, op)
         kernel.kernel = counted(kernel.kernel, op, served)
     assert torch.equal(model.generate(ids, max_new_tokens=4, **sampling), before)
-    unused = {"kv_retrieve", "rms_norm", "cat_rms_norm", "gate_up_swiglu", "linear_add_rms_norm"}
+    unused = {"kv_retrieve", "rms_norm", "cat_rms_norm", "draft_input", "gate_up_swiglu", "linear_add_rms_norm"}
     assert {op for op, calls in served.items() if calls == 0} <= unused
     if DEVICE == "cpu":
         assert torch.equal(model.base_model.generate(ids, max_new_tokens=2, do_sample=False)[:, :3], ids)
@@ -255,3 +257,12 @@ def test_report_follows_the_tree():
     assert found["topk_log_softmax"].implementation == found["grow_tree"].implementation == "torch"
     assert "up to 64" in found["topk_log_softmax"].reason
     assert found["finish_tree"].implementation == "triton"
+
+
+def test_debug_mode_finds_nothing_in_a_whole_generation(model, monkeypatch):
+    ids = prompt(2)
+    before = model.generate(ids, max_new_tokens=4)
+    optimize_eagle_with_triton(model, engine="eager", **ON)  # a capture can't read values on the host
+    monkeypatch.setenv("EAGLE_DEBUG", "1")
+    monkeypatch.setattr(dense, "DEBUG", True)
+    assert torch.equal(model.generate(ids, max_new_tokens=4), before)

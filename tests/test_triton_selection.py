@@ -111,6 +111,7 @@ def test_limits(op, bound, request_):
         ("rms_norm", "width", "norm", "MAX_SIZE"),
         ("add_rms_norm", "width", "norm", "MAX_SIZE"),
         ("cat_rms_norm", "width", "norm", "MAX_SIZE"),
+        ("draft_input", "width", "norm", "MAX_SIZE"),
         ("linear", "rows", "linear_config", "BLOCK_M"),
         ("gate_up_swiglu", "rows", "linear_config", "BLOCK_M"),
         ("linear_add_rms_norm", "rows", "linear_config", "BLOCK_M"),
@@ -205,8 +206,11 @@ def test_every_bound_is_a_size_of_the_call():
     bounded = {*LIMITS, *selection.UNMEASURED}
     assert bounded <= set(SIZES)
     q, cache = torch.zeros(1, 5, 2, 16), torch.zeros(1, 1, 64, 16)
-    assert SIZES["attention"](q, cache, cache, None, scale=1.0) == {"head_size": 16, "causal_rows": 5}
-    assert SIZES["attention"](q, cache, cache, None, torch.zeros(1, 5, 1), scale=1.0)["causal_rows"] == 0
+    heads = {"head_size": 16, "head_rest": 0, "head_difference": 0, "value_bytes": 4}
+    assert SIZES["attention"](q, cache, cache, None, scale=1.0) == {"causal_rows": 5, "tree": 0, **heads}
+    tree = SIZES["attention"](q, cache, cache, None, torch.zeros(1, 5, 1), scale=1.0)
+    assert (tree["causal_rows"], tree["tree"]) == (0, 5)
+    assert {bound.size for bound in (*selection.FLASH_LIMITS, selection.PROMPTS)} <= set(tree)
     x, weight = torch.zeros(2, 3, 7), torch.zeros(6, 7)
     assert SIZES["linear"](x, weight, norm_weight=x[0, 0]) == SIZES["gate_up_swiglu"](x, weight) == {"rows": 6}
     sizes = SIZES["linear_add_rms_norm"](x, weight, torch.zeros(2, 3, 6), weight[:, 0], 1e-5)

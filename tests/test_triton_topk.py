@@ -103,8 +103,8 @@ def test_rows_of_a_wider_tensor_are_read_within_their_vocabulary() -> None:
 
 
 def test_the_configuration_depends_on_no_rows() -> None:
-    assert topk_config(128256, 10).chunk == 4096
-    assert topk_config(100, 3).chunk == 128
+    assert [topk_config(vocab, 10).chunk for vocab in (100, 16384, 262144)] == [128, 512, 1024]
+    assert topk_config(262144, 64).chunk == 4096
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,8 @@ def level_inputs(shape: TreeShape, batch: int, tied: bool, seed: int) -> list[tu
 
 def grown(ops, shape: TreeShape, batch: int, inputs: list) -> tuple[DraftTree, Candidates, list[Frontier]]:
     candidates, frontiers = poisoned(shape, batch), [None]
-    for level, (log_probs, tokens) in enumerate(inputs):
-        frontiers.append(ops.grow_tree(candidates, frontiers[-1], level, log_probs, tokens))
+    for level, children in enumerate(inputs):
+        frontiers.append(ops.grow_tree(candidates, frontiers[-1], level, *children))
     root = torch.arange(100, 100 + batch, device=DEVICE)
     return ops.finish_tree(candidates, root, shape.total_token), candidates, frontiers[1:]
 
@@ -79,6 +79,17 @@ def test_equals_the_pytorch_ops(depth: int, top_k: int, part: float, batch: int,
 )
 def test_large_trees(total: int, depth: int, top_k: int) -> None:
     check(TreeShape(total, depth, top_k), 2, True, total)
+
+
+def test_maps_the_ids_of_a_trimmed_vocabulary() -> None:
+    shape, id_map = TreeShape(17, 3, 4), torch.randperm(1000, device=DEVICE)[:300].contiguous()
+    trimmed = [(log_probs, tokens % 300) for log_probs, tokens in level_inputs(shape, 2, True, 5)]
+    wanted = grown(torch_tree, shape, 2, [(log_probs, id_map[tokens]) for log_probs, tokens in trimmed])
+    for ops in (tree_decoding, torch_tree):
+        found = grown(ops, shape, 2, [(*pair, id_map) for pair in trimmed])
+        assert all(torch.equal(getattr(found[0], name), value) for name, value in vars(wanted[0]).items())
+        assert torch.equal(found[1].tokens, wanted[1].tokens)
+        assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(found[2], wanted[2], strict=True))
 
 
 def test_equals_the_tree_by_loops() -> None:

@@ -61,7 +61,7 @@ def profile_step(model: EaModel, prompt: list[int], new_tokens: int = 128, *, sp
     stats = model.last_stats
     assert stats is not None
     loop_ms = 1e3 * stats.decode_seconds / max(1, stats.steps)
-    steps = [step for step in model._session._static.values() if (step.run.draft is not None) == speculative]
+    steps = [step for step in model._session.captures.steps() if (step.run.draft is not None) == speculative]
     if not steps:
         events, count = _profiled(model, lambda: _run(model, prompt, new_tokens, speculative), stats.steps)
         return StepProfile(speculative, "eager", loop_ms, None, *_summed(events, count))

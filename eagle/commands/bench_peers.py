@@ -135,10 +135,10 @@ def run_peers(
     from tempfile import TemporaryDirectory
 
     from eagle.bench.peers import Work, known_peers, measure_peers
-    from eagle.model.portable_head import portable_head
     from eagle.model.fetch import fetch
     from eagle.model.loading import load_tokenizer
     from eagle.model.locate import no_head
+    from eagle.model.portable_head import portable_head
 
     folders = fetch(model, ea_model_path=draft)
     if len(folders) < 2:

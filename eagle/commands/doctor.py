@@ -35,6 +35,7 @@ def diagnose() -> dict[str, Any]:
     """Everything `eagle doctor` knows, as plain data."""
     versions = {"eagle": __version__, "python": platform.python_version()}
     versions |= {name: installed_version(name) for name in LEAST}
+    versions["flash-attn"] = installed_version("flash_attn_3") or installed_version("flash-attn")
     problems = version_problems(versions)
     devices = torch_devices() if versions["torch"] else {"cuda": None, "gpus": [], "error": None}
     if devices["error"]:
@@ -50,10 +51,12 @@ def diagnose() -> dict[str, Any]:
     cache = cache_report()
     if not cache["default_model_present"]:
         problems.append(problem(f"{MODEL_DEFAULT} is not in the cache yet", "run 'eagle fetch' (once, with a network)"))
-    ops = {}
+    ops, running = {}, {}
     if not any(entry["fatal"] for entry in problems):
         try:
             ops = op_report()
+            running, found = run_report(ops)
+            problems += found
         except InvalidInputError as error:
             problems.append(problem(str(error), f"unset {VARIABLES}, or set them to auto", fatal=True))
     return {
@@ -63,6 +66,7 @@ def diagnose() -> dict[str, Any]:
         "gpus": devices["gpus"],
         "cache": cache,
         "ops": ops,
+        "running": running,
         "problems": problems,
     }
 
@@ -91,6 +95,33 @@ def op_report() -> dict[str, dict[str, str]]:
         }
         for op, found in choices.items()
     }
+
+
+def run_report(ops: dict[str, dict[str, str]]) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    """How a step would run and where the linears' launch configurations come from, and what is wrong with either."""
+    from eagle.model.triton_kernels.hardware import default_hardware
+    from eagle.model.triton_kernels.tuned_table import VARIABLE, relative, tuned_linears
+
+    hardware, problems = default_hardware(), []
+    kernels = any("triton" in entry["implementation"] for entry in ops.values())
+    if hardware.kind != "cuda":
+        return {"step": f"op by op: a capture needs an NVIDIA GPU, not {hardware.name}", "tuned": "none: no GPU"}, []
+    step = "captured, one CUDA graph a step" if kernels else "op by op: no kernel serves, so the engine stays as loaded"
+    if hardware.flash is not None and hardware.flash.problem is not None:
+        words = f"{hardware.flash} can't be used: {hardware.flash.problem}"
+        problems.append(problem(words, "reinstall flash-attn for this torch, or ignore it: kernels and SDPA serve"))
+    try:
+        shapes = len(tuned_linears(hardware.name))
+    except ValueError as error:
+        problems.append(problem(str(error), f"unset {VARIABLE}, or name a table of 'eagle bench tune'", fatal=True))
+        return {"step": step, "tuned": "none"}, problems
+    source = f"{os.environ[VARIABLE]} ({VARIABLE}) before " if os.environ.get(VARIABLE) else ""
+    tuned = (
+        f"{shapes} shapes: {source}{relative(hardware.name)}"
+        if shapes
+        else "none: by rule ('eagle bench tune' makes one)"
+    )
+    return {"step": step, "tuned": tuned}, problems
 
 
 def installed_version(distribution: str) -> str | None:
@@ -186,6 +217,8 @@ def print_report(report: dict[str, Any]) -> None:
         print("\nops, where kernels are asked for")
         for name, entry in report["ops"].items():
             print(f"  {name:<20} {entry['implementation']}: {entry['why']}")
+        for name, words in report["running"].items():
+            print(f"  {name:<20} {words}")
     if report["problems"]:
         print("\nto do")
         for entry in report["problems"]:

@@ -65,6 +65,9 @@ def generate(
     compare: Annotated[
         bool, typer.Option("--compare", help="Also decode plainly; print the speed-up and whether the outputs agree.")
     ] = False,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="End the reply where this text is complete; may be repeated.")
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Leave out the chat template.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -74,7 +77,7 @@ def generate(
     sampling = sampling_of(temperature, top_p, top_k)
     if compare and not sampling.greedy and seed is None:
         seed = secrets.randbelow(1 << 31)  # both runs must draw the same numbers
-    settings = ReplySettings(max_new_tokens, sampling, seed)
+    settings = ReplySettings(max_new_tokens, sampling, seed, tuple(stop or ()))
 
     loaded, notes = open_model(model, draft, tree, kernels, dtype, draft_dtype)
     tokenizer = loaded.get_tokenizer()

@@ -60,6 +60,7 @@ class ReplySettings:
     max_new_tokens: int
     sampling: Sampling
     seed: int | None = None
+    stop: tuple[str, ...] = ()
 
 
 @dataclass
@@ -162,6 +163,7 @@ def reply_to(
         max_new_tokens=settings.max_new_tokens,
         sampling=settings.sampling,
         seed=settings.seed,
+        stop_strings=settings.stop or None,
         speculative=speculative,
         reuse_prefix=reuse_prefix,
     )

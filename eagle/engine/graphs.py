@@ -8,7 +8,9 @@ brings (prompt state, end tokens, uniforms) is copied in before its first replay
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
@@ -22,6 +24,26 @@ make."""
 
 END_TOKENS = 16
 """Room for end tokens; the rest is -1, which no token is. More than these take their own capture."""
+
+
+Result = TypeVar("Result")
+
+
+def captured(
+    body: Callable[[], Result], device: torch.device, pool: tuple[int, int] | None, stream: torch.cuda.Stream | None
+) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """Run ``body`` for warming up, then capture it. Returns the graph and what it gives, which each replay renews."""
+    stream = stream or torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UPS):
+            body()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # thread_local: what other threads do on the device meanwhile is their own affair
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        result = body()
+    return graph, result
 
 
 @dataclass(frozen=True)
@@ -57,21 +79,25 @@ class StepKey:
 class StaticStep:
     """One step over static buffers. On a CUDA device with ``capture`` it is a graph; otherwise the same ops in turn."""
 
-    def __init__(self, run: Run, *, capture: bool, pool: tuple[int, int] | None = None) -> None:
-        device = run.target.device
-        batch = run.caches.target.batch
-        eos = torch.full((max(END_TOKENS, run.eos.numel()),), -1, dtype=torch.int64, device=device)
-        uniforms = None
-        if run.uniforms is not None:
-            uniforms = torch.zeros(batch, run.caches.slots + run.path, dtype=run.uniforms.dtype, device=device)
-        self.run = replace(run, eos=eos, uniforms=uniforms)
-        self.static = StaticState.like(self._idle_state())
-        self._graph: torch.cuda.CUDAGraph | None = None
+    @torch.no_grad()
+    def __init__(
+        self, run: Run, *, capture: bool, pool: tuple[int, int] | None = None, stream: torch.cuda.Stream | None = None
+    ) -> None:
         started = time.perf_counter()
-        if capture:
-            self._capture(pool)
+        device, batch = run.target.device, run.caches.target.batch
+        self._graph: torch.cuda.CUDAGraph | None = None
+        with torch.inference_mode(False):  # the buffers outlive a caller's inference mode, and are written after it
+            eos = torch.full((max(END_TOKENS, run.eos.numel()),), -1, dtype=torch.int64, device=device)
+            uniforms = None
+            if run.uniforms is not None:
+                uniforms = torch.zeros(batch, run.caches.slots + run.path, dtype=run.uniforms.dtype, device=device)
+            self.run = replace(run, eos=eos, uniforms=uniforms)
+            self.static = StaticState.like(self._idle_state())
+            if capture:
+                self._graph, _ = captured(self._body, device, pool, stream)
         self.seconds = time.perf_counter() - started
 
+    @torch.no_grad()
     def prepare(self, run: Run) -> Run:
         """Take over a call's end tokens and uniforms. Returns the run to prefill with, at this step's addresses."""
         self.run.eos.fill_(-1)
@@ -90,18 +116,6 @@ class StaticStep:
 
     def _body(self) -> None:
         step(self.run, self.static.state, self.run.caches.slots, out=self.static.state)
-
-    def _capture(self, pool: tuple[int, int] | None) -> None:
-        stream = torch.cuda.Stream(self.run.target.device)
-        stream.wait_stream(torch.cuda.current_stream(self.run.target.device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                self._body()
-        torch.cuda.current_stream(self.run.target.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
-            self._body()
-        self._graph = graph
 
     def _idle_state(self) -> DecodeState:
         """A state whose rows are all done, at the end of the caches: warming up there spoils no prefix."""

@@ -30,19 +30,34 @@ def step_bytes(target: Target, batch: int, shape: TreeShape) -> int:
     return rows * (target.spec.vocab_size * (size + 4) + 32 * width * size)
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """What torch could still allocate on a CUDA device; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def check_fits(target: Target, draft: DraftModel | FusedDraft, batch: int, slots: int, shape: TreeShape) -> None:
-    """Raise OutOfMemoryError if a run can't fit on its CUDA device, before anything is allocated."""
-    if target.device.type != "cuda":
+    """Raise OutOfMemoryError if a run can't fit on its CUDA device, before anything is allocated.
+
+    A target spread over several devices is not counted: each holds an unknown part.
+    """
+    free = free_bytes(target.device)
+    if free is None or len({layer.device for layer in target.layer_shapes}) > 1:
         return
     need = cache_bytes(target, draft, batch, slots) + step_bytes(target, batch, shape)
-    free, _ = torch.cuda.mem_get_info(target.device)
-    free += torch.cuda.memory_reserved(target.device) - torch.cuda.memory_allocated(target.device)
     if need + RESERVE > free:
         raise too_large(target, draft, batch, slots, shape, free)
 
 
 def too_large(
-    target: Target, draft: DraftModel | FusedDraft, batch: int, slots: int, shape: TreeShape, free: int | None = None
+    target: Target,
+    draft: DraftModel | FusedDraft,
+    batch: int,
+    slots: int,
+    shape: TreeShape,
+    free: int | None = None,
 ) -> OutOfMemoryError:
     """The error for a run that does not fit, with what would help most named first."""
     caches, rest = cache_bytes(target, draft, batch, slots), step_bytes(target, batch, shape)
@@ -54,14 +69,19 @@ def too_large(
     )
 
 
-def roomy_slots(target: Target, draft: DraftModel | FusedDraft, batch: int, slots: int, most: int) -> int:
+def roomy_slots(
+    target: Target, draft: DraftModel | FusedDraft, batch: int, slots: int, most: int, shape: TreeShape
+) -> int:
     """Slots to allocate where a captured step is bound to its caches: the next power of two, so that few captures occur,
-    unless that takes more than an eighth of the device's memory."""
-    if target.device.type != "cuda":
+    unless that takes more than an eighth of the device's memory or than is free."""
+    free = free_bytes(target.device)
+    if free is None:
         return slots
     rounded = max(slots, min(max(1024, 1 << (slots - 1).bit_length()), most))
+    need = cache_bytes(target, draft, batch, rounded)
     total = torch.cuda.get_device_properties(target.device).total_memory
-    return rounded if cache_bytes(target, draft, batch, rounded) * 8 <= total else slots
+    fits = need * 8 <= total and need + step_bytes(target, batch, shape) + RESERVE <= free
+    return rounded if fits else slots
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

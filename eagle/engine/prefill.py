@@ -32,12 +32,13 @@ def prefill(
     """Process the prompts from position ``reused`` on and return the state that holds each row's first new token.
 
     budgets: new tokens allowed each row, the first included. reused: positions already valid in both caches (one row
-    only). chunks: captured chunks for a single sequence.
+    only). chunks: captured chunks, in which the rows take turns.
     """
-    if chunks is not None and len(prompts) == 1:
-        found = _captured(run, prompts[0], reused, chunks)
-        if found is not None:
-            return _first_token(run, prompts, budgets, *found)
+    if chunks is not None:
+        found = [_captured(run, row, prompt, reused, chunks) for row, prompt in enumerate(prompts)]
+        if all(pair is not None for pair in found):
+            logits, features = (torch.cat(parts) for parts in zip(*found, strict=True))
+            return _first_token(run, prompts, budgets, logits, features)
     device = run.target.device
     lengths = [len(prompt) for prompt in prompts]
     longest = max(lengths)
@@ -79,18 +80,25 @@ def _first_token(
     return initial_state(lengths, first, features if run.draft is not None else None, left, run.path, run.eos)
 
 
-def _captured(run: Run, prompt: list[int], reused: int, chunks: Chunks) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The last position's logits [1, V] and features [1, F], by captured chunks; None if one is missing."""
+def _captured(
+    run: Run, row: int, prompt: list[int], reused: int, chunks: Chunks
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The last position's logits [1, V] and features [1, F] of one row, by captured chunks; None if one is missing."""
     plan, begin = [], reused
     while begin < len(prompt):
         chunk = chunks(min(CHUNK, len(prompt) - begin))
-        if chunk is None or begin + chunk.rows > run.caches.slots:
+        if chunk is None or begin + chunk.rows > chunk.run.caches.slots:
             return None
         plan.append((chunk, begin))
         begin += chunk.rows
     logits = features = None
     for chunk, begin in plan:
         logits, features = chunk(prompt[begin : begin + chunk.rows + 1], begin)
+    made = chunk.run.caches
+    if made is not run.caches:
+        made.prefix = None
+        run.caches.target.take_row(row, made.target, len(prompt))
+        run.caches.draft.take_row(row, made.draft, len(prompt))
     return logits[None].clone(), features[None].clone()
 
 

@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from eagle.engine.graphs import WARM_UPS
+from eagle.engine.graphs import captured
 from eagle.engine.state import Run
 from eagle.model.drafts import DraftCall
 
@@ -24,18 +24,23 @@ class StaticPrefill:
     Its results stay valid until the next replay of any captured step or chunk.
     """
 
-    def __init__(self, run: Run, rows: int, *, capture: bool, pool: tuple[int, int] | None) -> None:
+    @torch.no_grad()
+    def __init__(
+        self, run: Run, rows: int, *, capture: bool, pool: tuple[int, int] | None, stream: torch.cuda.Stream | None
+    ) -> None:
+        started = time.perf_counter()
         device = run.target.device
         self.run, self.rows = run, rows
-        self.tokens = torch.zeros(1, rows + 1, dtype=torch.int64, device=device)
-        self.begin = torch.full((1,), run.caches.slots - rows, dtype=torch.int64, device=device)
-        self.column = torch.zeros(1, dtype=torch.int64, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
-        started = time.perf_counter()
-        if capture:
-            self._capture(pool)
+        with torch.inference_mode(False):
+            self.tokens = torch.zeros(1, rows + 1, dtype=torch.int64, device=device)
+            self.begin = torch.full((1,), run.caches.slots - rows, dtype=torch.int64, device=device)
+            self.column = torch.zeros(1, dtype=torch.int64, device=device)
+            if capture:
+                self._graph, self._result = captured(self._body, device, pool, stream)
         self.seconds = time.perf_counter() - started
 
+    @torch.no_grad()
     def __call__(self, tokens: list[int], begin: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Run ``tokens`` at position ``begin``: the last row's logits [V] and features [F].
 
@@ -65,16 +70,3 @@ class StaticPrefill:
             call = DraftCall(ops, cache, self.begin, self.begin, None, positions, cache.slots)
             run.draft(run.draft.fuse(features, ops), self.tokens[:, 1:], call)
         return logits[0, 0], features[0].index_select(0, self.column)[0]
-
-    def _capture(self, pool: tuple[int, int] | None) -> None:
-        device = self.run.target.device
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                self._body()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
-            self._result = self._body()
-        self._graph = graph

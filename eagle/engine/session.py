@@ -1,36 +1,39 @@
-"""A session: one model's caches and captured steps over its calls, and the lock that keeps two generations apart."""
+"""A session: one model's caches and captures over its calls, and the lock that keeps two generations apart."""
 
 from __future__ import annotations
 
 import threading
-import warnings
-from collections.abc import Callable, Generator
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
-from eagle.engine.graphs import StaticStep, StepKey
+from eagle.engine.captures import Captures
+from eagle.engine.graphs import StaticStep
 from eagle.engine.loop import GenerationStats, decode
-from eagle.engine.memory import check_fits, is_out_of_memory, roomy_slots, too_large
-from eagle.engine.prefill_graph import BUCKETS, StaticPrefill
+from eagle.engine.memory import cache_bytes, check_fits, free_bytes, is_out_of_memory, roomy_slots, too_large
+from eagle.engine.prefill_graph import StaticPrefill
 from eagle.engine.settings import EngineSettings
 from eagle.engine.state import Caches, Run, slots_needed
-from eagle.errors import InvalidInputError, UnsupportedModelError
+from eagle.errors import InvalidInputError, OutOfMemoryError
 from eagle.model.drafts import DraftModel
 from eagle.model.fused_draft import FusedDraft
 from eagle.model.ops import Ops, Sampling, TreeShape
 from eagle.model.target import Target
 from eagle.model.triton_kernels.dispatch import decoding_ops
 
-MOST_GRAPHS = 8
-"""Captured steps kept; the one unused longest goes first."""
+MOST_CACHES = 4
+"""Batch sizes whose caches are kept; all but the one in use go when memory is short."""
+
+SCRATCH = 0
+"""The key of the one-row caches in which the rows of a batch take turns for prefill."""
 
 
 class Session:
     """Runs generations of one target and one draft, one at a time, and keeps the memory between them.
 
-    told: called with a line of text before something that takes seconds.
+    told: called with a line of text before something that takes seconds or memory.
     """
 
     def __init__(self, target: Target, draft: DraftModel) -> None:
@@ -38,12 +41,8 @@ class Session:
         self.draft: DraftModel | FusedDraft = draft
         self.settings = EngineSettings()
         self.told: Callable[[str], None] | None = None
-        self.eager_reason: str | None = None
-        self.prefill_reason: str | None = None
-        self._caches: Caches | None = None
-        self._static: dict[StepKey, StaticStep] = {}
-        self._chunks: dict[tuple[Any, ...], StaticPrefill | None] = {}
-        self._pool: tuple[int, int] | None = None
+        self.captures = Captures()
+        self._caches: dict[int, Caches] = {}
         self._lock = threading.Lock()
         self._owner: int | None = None
 
@@ -60,142 +59,118 @@ class Session:
         *,
         speculative: bool = True,
         reuse_prefix: bool = False,
+        refresh: Callable[[], None] = lambda: None,
     ) -> Generator[list[list[int]], None, None]:
         """Yield each step's new tokens of each row. A second thread waits for its turn; a second generation of the same
-        thread, which would wait forever, raises InvalidInputError."""
-        self.refuse_nesting()
-        with self._lock:
-            self._owner = threading.get_ident()
+        thread, which would wait forever, raises InvalidInputError. refresh: called first, when the turn has come."""
+        with self.exclusive():
+            refresh()
+            batch, pad_rows = len(prompts), self.pads_rows
+            reused = self._common_prefix(prompts) if reuse_prefix else 0
+            longest = max(len(prompt) + budget for prompt, budget in zip(prompts, budgets, strict=True))
+            needed = slots_needed(longest, shape, speculative, pad_rows)
             try:
-                reused = self._common_prefix(prompts) if reuse_prefix else 0
-                longest = max(len(prompt) + budget for prompt, budget in zip(prompts, budgets, strict=True))
-                pad_rows = self.pads_rows
-                needed = slots_needed(longest, shape, speculative, pad_rows)
-                caches = self._caches_for(len(prompts), needed, reused, shape)
+                caches, reused = self._caches_for(batch, needed, reused, shape)
                 draft = self.draft if speculative else None
-                run = Run(
-                    self.target,
-                    draft,
-                    decoding_ops(ops) if self.settings.exact else ops,
-                    shape,
-                    sampling,
-                    caches,
-                    eos,
-                    uniforms,
-                    pad_rows,
-                )
-                static = self._static_step(run, stats) if self.captures else None
-                chunks = None if static is None else partial(self._chunk, run, stats, reused)
-                try:
-                    run = run if static is None else static.prepare(run)
-                    yield from decode(run, prompts, budgets, stats, reused, static, chunks)
-                except torch.OutOfMemoryError as error:
-                    self.forget()
-                    raise too_large(self.target, self.draft, len(prompts), needed, shape) from error
-            finally:
-                self._owner = None
+                step_ops = decoding_ops(ops) if self.settings.exact else ops
+                run = Run(self.target, draft, step_ops, shape, sampling, caches, eos, uniforms, pad_rows)
+                static = self._static_step(run, stats) if self.replays else None
+                chunks = None
+                if static is not None:
+                    run = static.prepare(run)
+                    chunks = self._chunks(run, shape, reused, stats)
+                yield from decode(run, prompts, budgets, stats, reused, static, chunks)
+            except torch.OutOfMemoryError as error:
+                self.forget()
+                free = free_bytes(self.target.device)
+                raise too_large(self.target, self.draft, batch, needed, shape, free) from error
 
     @property
-    def captures(self) -> bool:
+    def replays(self) -> bool:
         """Whether steps are replayed from a capture."""
-        settings, device = self.settings, self.target.device
-        return settings.engine != "eager" and device.type == "cuda" and self.eager_reason is None
+        return self._why_eager() is None
 
     @property
     def pads_rows(self) -> bool:
         """Whether target passes are padded to whole tiles, so that a library's products keep each row's bits."""
-        return self.settings.exact and getattr(self.target, "fused", None) is None
+        return self.settings.exact and self.target.fused is None
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Wait for this model's turn. Raises InvalidInputError where this thread has a generation open."""
+        if self._owner == threading.get_ident():
+            raise InvalidInputError("a generation of this thread is still open on this model; finish or close it first")
+        with self._lock:
+            self._owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._owner = None
 
     def configure(self, settings: EngineSettings, draft: DraftModel | FusedDraft) -> None:
-        """Change how steps run, between generations. What was captured is dropped."""
-        self.refuse_nesting()
-        with self._lock:
-            if draft is not self.draft:
-                self._caches = None
-            self.settings, self.draft = settings, draft
-            self.eager_reason = self.prefill_reason = None
-            self._drop_captures()
+        """Change how steps run. What was captured is dropped. The caller holds `exclusive`."""
+        if draft is not self.draft:
+            self._caches.clear()
+        self.settings, self.draft = settings, draft
+        self.captures.drop()
 
     def forget(self) -> None:
-        """Give caches and captured steps back."""
-        self._drop_captures()
-        self._caches = None
-
-    def _drop_captures(self) -> None:
-        self._static.clear()
-        self._chunks.clear()
+        """Give caches and captures back."""
+        self.captures.drop()
+        self._caches.clear()
 
     def engine_choice(self) -> tuple[str, str]:
         """How steps run, and why."""
-        if self.settings.engine == "eager":
-            return "eager", "as asked, or as loaded; optimize_eagle_with_triton captures on a GPU"
-        if self.target.device.type != "cuda":
-            return "eager", f"a capture needs a CUDA device, not {self.target.device.type}"
-        if self.eager_reason is not None:
-            return "eager", f"the capture failed: {self.eager_reason}"
-        if self.prefill_reason is not None:
-            return "captured", f"one CUDA graph a step; the capture of prefill failed: {self.prefill_reason}"
+        reason = self._why_eager()
+        if reason is not None:
+            return "eager", reason
+        if self.captures.prefill_reason is not None:
+            return "captured", f"one CUDA graph a step; prompts could not be captured: {self.captures.prefill_reason}"
         return "captured", "one CUDA graph a step"
 
-    def refuse_nesting(self) -> None:
-        """Raise InvalidInputError while a generation of this thread is open."""
-        if self._owner == threading.get_ident():
-            raise InvalidInputError("a generation of this thread is still open on this model; finish or close it first")
+    def _why_eager(self) -> str | None:
+        device = self.target.device
+        if self.settings.engine == "eager":
+            return "as asked, or as loaded; optimize_eagle_with_triton captures on a GPU"
+        if device.type != "cuda":
+            return f"a capture needs a CUDA device, not {device.type}"
+        if len({layer.device for layer in self.target.layer_shapes}) > 1:
+            return "the target is spread over several devices"
+        if self.captures.step_reason is not None:
+            return f"the capture failed: {self.captures.step_reason}"
+        return None
 
     def _static_step(self, run: Run, stats: GenerationStats) -> StaticStep | None:
-        """The captured step for a run: one made before, or a new one. None where it can't be captured, in "auto"."""
-        key = StepKey.of(run)
-        found = self._static.pop(key, None)
-        if found is None:
-            if self.told is not None:
-                self.told(f"capturing the {'speculative' if run.draft is not None else 'plain'} step")
-            on_gpu = self.target.device.type == "cuda"  # elsewhere, which tests use, the same ops in turn
-            if self._pool is None and on_gpu:
-                self._pool = torch.cuda.graph_pool_handle()
-            try:
-                found = StaticStep(run, capture=on_gpu, pool=self._pool)
-            except torch.OutOfMemoryError as error:
-                batch, slots = run.caches.target.batch, run.caches.slots
-                self.forget()
-                raise too_large(self.target, self.draft, batch, slots, run.shape) from error
-            except RuntimeError as error:
-                reason = first_line(error)
-                if self.settings.engine == "captured":
-                    raise UnsupportedModelError(
-                        f"a step of {type(self.target.model).__name__} can't be captured ({reason}); use engine='eager'"
-                    ) from error
-                self.eager_reason = reason
-                warnings.warn(f"steps run one op at a time: the capture failed ({reason})", stacklevel=2)
-                return None
-            stats.setup_seconds = found.seconds
-            while len(self._static) >= MOST_GRAPHS:
-                self._static.pop(next(iter(self._static)))
-        self._static[key] = found  # at the end: used last
+        known = self.captures.steps()
+        found = self.captures.step(run, self.told, required=self.settings.engine == "captured")
+        if found is not None and found not in known:
+            stats.setup_seconds += found.seconds
         return found
 
-    def _chunk(self, run: Run, stats: GenerationStats, reused: int, rows: int) -> StaticPrefill | None:
-        """A captured prefill chunk of at least ``rows`` rows, made on first use; None where there is none."""
-        rows = next(bucket for bucket in BUCKETS if bucket >= rows)
-        key = (rows, run.draft is not None, run.target.ops, id(run.caches))
-        if key not in self._chunks:
-            if reused > run.caches.slots - rows:  # the warm-up would write where a reused prefix lies
-                return None
-            on_gpu = self.target.device.type == "cuda"
-            try:
-                chunk = StaticPrefill(run, rows, capture=on_gpu, pool=self._pool)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                chunk, self.prefill_reason = None, first_line(error)
-            else:
-                stats.setup_seconds += chunk.seconds
-            self._chunks[key] = chunk
-        return self._chunks[key]
+    def _chunks(
+        self, run: Run, shape: TreeShape, reused: int, stats: GenerationStats
+    ) -> Callable[[int], StaticPrefill | None]:
+        """Captured prompt chunks for `prefill`. They serve one sequence; a batch's rows take turns in a cache of one row,
+        so that a row's bits are what they are alone."""
+        if run.caches.target.batch > 1:
+            caches, _ = self._caches_for(1, run.caches.slots, 0, shape, key=SCRATCH)
+            run = replace(run, caches=caches)
+
+        def chunk(rows: int) -> StaticPrefill | None:
+            known = len(self.captures._chunks)
+            required = self.settings.engine == "captured"
+            found = self.captures.chunk(run, rows, reused, self.told, required=required)
+            if found is not None and len(self.captures._chunks) > known:
+                stats.setup_seconds += found.seconds
+            return found
+
+        return chunk
 
     def _common_prefix(self, prompts: list[list[int]]) -> int:
         """Positions of a single prompt whose keys lie in both caches and stay valid. The last common one is run again:
         the draft's pair there needs the target's feature and the token that now follows."""
-        prefix = self._caches.prefix if self._caches is not None and len(prompts) == 1 else None
+        caches = self._caches.get(1) if len(prompts) == 1 else None
+        prefix = caches.prefix if caches is not None else None
         if not prefix:
             return 0
         common = next(
@@ -204,32 +179,47 @@ class Session:
         )
         return max(0, common - 1)
 
-    def _caches_for(self, batch: int, slots: int, keep: int, shape: TreeShape) -> Caches:
-        """Caches with room for ``slots``: the present ones if they are large enough, else new ones that take over the
-        first ``keep`` positions."""
-        old = self._caches
-        if old is not None and old.target.batch == batch and old.slots >= slots:
-            return old
-        self._drop_captures()
-        if keep == 0:
-            old = self._caches = None  # free before taking
-        check_fits(self.target, self.draft, batch, slots, shape)
-        if self.captures:
+    def _caches_for(
+        self, batch: int, slots: int, keep: int, shape: TreeShape, key: int | None = None
+    ) -> tuple[Caches, int]:
+        """Caches with room for ``slots``: those kept for the batch if they are large enough, else new ones that take over
+        the first ``keep`` positions. Returns them and how many positions they hold. key: what to keep them under."""
+        key = batch if key is None else key
+        old = self._caches.pop(key, None)
+        if old is not None and old.slots >= slots:
+            self._caches[key] = old  # at the end: used last
+            return old, keep
+        while len(self._caches) >= MOST_CACHES:
+            self._let_go(next(iter(self._caches)))
+        if old is not None:
+            self.captures.drop(old)
+            if not keep:
+                old = None
+        try:
+            check_fits(self.target, self.draft, batch, slots, shape)
+        except OutOfMemoryError:  # what is kept for other calls goes first
+            old, keep = None, 0
+            for other in list(self._caches):
+                self._let_go(other)
+            check_fits(self.target, self.draft, batch, slots, shape)
+        if self.replays:
             most = slots_needed(self.target.context_length, shape, speculative=True, pad_rows=self.pads_rows)
-            slots = roomy_slots(self.target, self.draft, batch, slots, most)
+            slots = roomy_slots(self.target, self.draft, batch, slots, most, shape)
+        if self.told is not None:
+            need = cache_bytes(self.target, self.draft, batch, slots) / 2**30
+            self.told(f"taking {need:.2f} GiB for the KV caches of batch {batch}, {slots} positions each")
         try:
             new = Caches(self.target.new_cache(batch, slots), self.draft.new_cache(batch, slots))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            raise too_large(self.target, self.draft, batch, slots, shape) from error
+            free = free_bytes(self.target.device)
+            raise too_large(self.target, self.draft, batch, slots, shape, free) from error
         if keep and old is not None:
             new.target.carry_over(old.target, keep)
             new.draft.carry_over(old.draft, keep)
-        self._caches = new
-        return new
+        self._caches[key] = new
+        return new, keep
 
-
-def first_line(error: Exception) -> str:
-    """What an error says first."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    def _let_go(self, key: int) -> None:
+        self.captures.drop(self._caches.pop(key))

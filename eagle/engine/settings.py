@@ -36,6 +36,21 @@ class EngineSettings:
                 f"draft_dtype is {self.draft_dtype!r}; expected None or one of {', '.join(DRAFT_DTYPES)}"
             )
 
+
+class FormerEngine:
+    """The settings that `optimize_eagle_with_triton` replaced. Calling it puts them back.
+
+    Undone out of turn, an earlier switch takes the later ones' way back with it: what is gone is not put in again.
+    """
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self.settings = settings
+
     def __call__(self, model: Any) -> None:
-        """Apply these settings to an `EaModel`."""
-        model.configure_engine(self)
+        """Apply the former settings to an `EaModel`."""
+        model.configure_engine(self.settings)
+        history = model.former_engines
+        if self in history:
+            for later in history[history.index(self) :]:
+                later.settings = self.settings
+            del history[history.index(self) :]

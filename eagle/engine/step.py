@@ -39,7 +39,7 @@ def step(run: Run, state: DecodeState, longest: int, out: DecodeState | None = N
         last = run.uniforms.shape[1] - 1
         uniforms = run.uniforms.gather(1, (state.generated[:, None] + ahead).clamp(max=last))
     if run.rows != run.nodes:
-        logits, features = logits[:, : run.nodes], features[:, : run.nodes].contiguous()
+        logits, features = (part[:, : run.nodes].contiguous() for part in (logits, features))
     accepted = run.ops.evaluate_posterior(logits, tree, run.path, run.sampling, uniforms)
     for k, v in run.caches.target.groups:
         nodes, kv_len, count = (t.to(k.device) for t in (accepted.nodes, state.kv_len, accepted.count))
@@ -64,32 +64,28 @@ def draft_tree(run: Run, draft: DraftModel | FusedDraft, state: DecodeState, lon
     """Extend the draft over the tokens just committed, then grow its tree under the last of them."""
     ops, shape, cache = run.ops, run.shape, run.caches.draft
     batch, path = state.tokens.shape
-    device = state.root.device
-    # Angles, slots and positions of all levels at once: each op costs a launch.
-    start = state.kv_len - state.count
-    positions = start[:, None] + torch.arange(path, device=device)
-    call = DraftCall(ops, cache, start, start, None, positions, bounded(longest + path, cache.slots))
+    at = ops.draft_positions(state.kv_len, state.count, shape)
+    angles = draft.rope(at.rope, cache.slots)  # of all passes at once: each op costs a launch
+    here = tuple(part[:, :path] for part in angles)
+    bound = bounded(longest + path, cache.slots)
+    call = DraftCall(ops, cache, at.start, at.start, None, at.rope[:, :path], bound, here)
     hidden = draft(draft.fuse(state.features, ops), state.tokens, call)
-    last = (state.count - 1).clamp(min=0)
-    hidden = hidden.gather(1, last[:, None, None].expand(-1, 1, hidden.shape[-1]))  # [B, 1, H]
+    hidden = hidden.flatten(0, 1)[at.last][:, None]  # [B, 1, H]
+    logits = draft.logits(hidden, ops)
 
-    levels = torch.arange(shape.depth, device=device)
-    starts = state.kv_len + levels[:, None] * shape.top_k  # [depth, B]
-    positions = state.kv_len[:, None] + levels  # [B, depth]
-    angles = draft.rope(positions)  # two of [B, depth, D]
+    target_ids = draft.target_ids
     candidates = empty_candidates(shape, batch, hidden.device)
     frontier = None
     for level in range(shape.depth + 1):
         if level > 0:
+            column = slice(path + level - 1, path + level)
+            here = tuple(part[:, column].expand(-1, shape.top_k, -1) for part in angles)
+            positions = at.rope[:, column].expand(-1, shape.top_k)
             bound = bounded(longest + level * shape.top_k, cache.slots)
-            here, kv_len = slice(level - 1, level), state.kv_len
-            cos, sin = (part[:, here].expand(-1, shape.top_k, -1) for part in angles)
-            at = positions[:, here].expand(-1, shape.top_k)
-            call = DraftCall(ops, cache, starts[level - 1], kv_len, frontier.words, at, bound, (cos, sin))
-            hidden = hidden.gather(1, frontier.rows[..., None].expand(-1, -1, hidden.shape[-1]))
-            hidden = draft(hidden, frontier.tokens, call)
-        logits = draft.logits(hidden, ops)
+            words, slots = frontier.words, at.slots[level - 1]
+            call = DraftCall(ops, cache, slots, state.kv_len, words, positions, bound, here)
+            hidden, logits = draft.expand(hidden, frontier.tokens, call, frontier.rows)
         log_probs, ids = ops.topk_log_softmax(logits.flatten(0, 1), shape.top_k)
-        ids = draft.to_target(ids).view(batch, -1, shape.top_k)
-        frontier = ops.grow_tree(candidates, frontier, level, log_probs.view_as(ids), ids)
+        children = (part.view(batch, -1, shape.top_k) for part in (log_probs, ids))
+        frontier = ops.grow_tree(candidates, frontier, level, *children, target_ids)
     return ops.finish_tree(candidates, state.root, shape.total_token)

@@ -53,6 +53,7 @@ class StaticSteps:
 
     ahead = 1
 
+    @torch.no_grad()
     def __init__(self, static: StaticStep, state: DecodeState) -> None:
         self.static = static
         static.static.state.load(state)

@@ -17,6 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from eagle.errors import CheckpointError
 from eagle.model.draft_config import DraftConfig
 from eagle.model.kv_cache import KVCache, LayerShape
+from eagle.model.layers import taken
 from eagle.model.ops import Ops
 from eagle.model.target import Target
 
@@ -172,6 +173,11 @@ class DraftModel(nn.Module):
         ids = ids.to(self.fc.weight.device)
         return ids if self.d2t is None else ids + self.d2t[ids]
 
+    @property
+    def target_ids(self) -> torch.Tensor | None:
+        """The target-vocabulary id of each draft-vocabulary id, [draft_vocab_size] int64; None where they are equal."""
+        return None if self.d2t is None else self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
     def fuse(self, features: torch.Tensor, ops: Ops) -> torch.Tensor:
         """What the layer takes for the target's features [B, T, F]: EAGLE-3's ``fc`` output, else they themselves."""
         features = features.to(self.fc.weight.dtype)
@@ -184,15 +190,27 @@ class DraftModel(nn.Module):
             features = self.input_norm(features, ops)
         return _linear(ops, self.fc, features)
 
-    def forward(self, hidden: torch.Tensor, tokens: torch.Tensor, call: DraftCall) -> torch.Tensor:
-        """One pass: hidden [B, T, H] (fused features, or this method's own output) and tokens [B, T] → [B, T, H]."""
-        ops, embedded = call.ops, self._embed(tokens).to(hidden.dtype)
+    def forward(
+        self, hidden: torch.Tensor, tokens: torch.Tensor, call: DraftCall, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """One pass: hidden [B, R, H] (fused features, or this method's own output) and tokens [B, T] → [B, T, H].
+
+        rows: [B, T] int64, the rows of ``hidden`` that the tokens continue; None for all of them in turn (T = R).
+        """
+        ops, embedded, hidden = call.ops, self._embed(tokens).to(hidden.dtype), taken(hidden, rows)
         if self.config.kind == "eagle1":
             hidden = _linear(ops, self.fc, torch.cat((embedded, hidden), dim=-1))
         rope = self.rope(call.positions) if call.rope is None else call.rope
         for layer in self.layers:
             hidden = layer(hidden, embedded, rope, call)
         return self.norm(hidden, ops) if self.config.norm_output and self.norm is not None else hidden
+
+    def expand(
+        self, hidden: torch.Tensor, tokens: torch.Tensor, call: DraftCall, rows: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One level of a tree: `forward`'s output [B, T, H] and its logits [B, T, draft_vocab_size]."""
+        hidden = self(hidden, tokens, call, rows)
+        return hidden, self.logits(hidden, call.ops)
 
     def logits(self, hidden: torch.Tensor, ops: Ops) -> torch.Tensor:
         """Draft-vocabulary logits of `forward`'s output: [..., H] → [..., draft_vocab_size]."""
@@ -214,8 +232,8 @@ class DraftModel(nn.Module):
         """The head's own KV cache."""
         return KVCache(self.layer_shapes, batch, slots)
 
-    def rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """RoPE's cos and sin [B, T, D] of ``positions`` [B, T], in the head's dtype."""
+    def rope(self, positions: torch.Tensor, slots: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """RoPE's cos and sin [B, T, D] of ``positions`` [B, T], in the head's dtype. slots: of the cache in use."""
         dtype = self.fc.weight.dtype
         angles = positions[..., None].float() * self.inv_freq
         angles = torch.cat((angles, angles), dim=-1)

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eagle.engine.loop import GenerationStats
 from eagle.engine.session import Session
+from eagle.engine.settings import FormerEngine
+from eagle.engine.stop import StopStrings, until_stopped
 from eagle.errors import InvalidInputError
 from eagle.model.drafts import DraftModel
 from eagle.model.engine_control import EngineControl
@@ -23,7 +25,7 @@ from eagle.model.ops import Ops, Sampling
 from eagle.model.reference_api import ReferenceMethods
 from eagle.model.target import Target
 from eagle.model.torch_ops import TORCH_OPS
-from eagle.model.triton_kernels.dispatch import report
+from eagle.model.triton_kernels.dispatch import largest_heads, report
 from eagle.model.triton_kernels.selection import Choice, Plan
 
 DEFAULT_NEW_TOKENS = 512
@@ -60,6 +62,8 @@ class EaModel(EngineControl, ReferenceMethods):
         self.last_stats: GenerationStats | None = None
         self._session = Session(self.target, self.ea_layer)
         self._unfusable: str | None = None
+        self._seen: tuple[object, ...] = ()
+        self.former_engines: list[FormerEngine] = []
         self.set_tree(2 if total_token == -1 else total_token, depth, top_k)
         if total_token == -1:
             self.set_tree(self._fastest_total_token(), depth, top_k)
@@ -142,7 +146,7 @@ class EaModel(EngineControl, ReferenceMethods):
         draft, tree = self.ea_layer.config, self.tree_shape
         layers = [*self.target.layer_shapes, *self.ea_layer.layer_shapes]
         sizes = {
-            "head_size": max(max(layer.k_size, layer.v_size) for layer in layers),
+            **largest_heads(layers),
             "width": max(draft.hidden_size, draft.feature_size),
             "top_k": tree.top_k,
             "candidates": tree.candidates,
@@ -171,6 +175,7 @@ class EaModel(EngineControl, ReferenceMethods):
         max_length: int | None = None,
         sampling: Sampling | None = None,
         eos_token_id: int | Iterable[int] | None = None,
+        stop_strings: str | Iterable[str] | None = None,
         generator: torch.Generator | None = None,
         seed: int | None = None,
         speculative: bool = True,
@@ -179,8 +184,9 @@ class EaModel(EngineControl, ReferenceMethods):
         """Generate, yielding each step's new tokens as one list for each row.
 
         Arguments are checked at the call, before the first step. ``self.last_stats`` holds the figures, and is complete
-        when the iterator ends. reuse_prefix: keep what the caches already hold of this prompt (one sequence; a growing
-        chat). Closing the iterator early leaves the model usable.
+        when the iterator ends. stop_strings: a row ends with the token that completes one of them. reuse_prefix: keep
+        what the caches already hold of this prompt (one sequence; a growing chat). Closing the iterator early leaves the
+        model usable.
         """
         sampling = sampling or Sampling()
         prompts = token_rows(input_ids, attention_mask, self.target.spec.vocab_size)
@@ -191,11 +197,10 @@ class EaModel(EngineControl, ReferenceMethods):
         uniforms = None
         if not sampling.greedy:
             uniforms = _uniforms(len(prompts), max(budgets) + self.tree_shape.path, generator, seed).to(self.device)
-        if not self._weights_in_place():
-            self.configure_engine(self.engine)
         stats = GenerationStats()
         self.last_stats = stats
-        return self._session.run(
+        stops = None if stop_strings is None else StopStrings(self.tokenizer, stop_strings)
+        steps = self._session.run(
             prompts,
             budgets,
             self.ops,
@@ -206,7 +211,9 @@ class EaModel(EngineControl, ReferenceMethods):
             stats,
             speculative=speculative,
             reuse_prefix=reuse_prefix,
+            refresh=self._refresh,
         )
+        return steps if stops is None else until_stopped(steps, stops, len(prompts), stats)
 
     def generate(
         self,
@@ -220,6 +227,7 @@ class EaModel(EngineControl, ReferenceMethods):
         top_k: int = 0,
         eos_token_id: int | Iterable[int] | None = None,
         pad_token_id: int | None = None,
+        stop_strings: str | Iterable[str] | None = None,
         generator: torch.Generator | None = None,
         seed: int | None = None,
         streamer: Any = None,
@@ -230,7 +238,8 @@ class EaModel(EngineControl, ReferenceMethods):
         input_ids: [B, T] or [T], with ``attention_mask`` if rows are padded, on either side. Rows that end early are
         filled with ``pad_token_id``. temperature 0 is greedy; top_k cuts before top_p. Output ends at an end token (the
         generation config's unless given) and never exceeds max_new_tokens, max_length (prompt included) or the model's
-        context; with neither limit, at most 512 new tokens. streamer: an object with ``put`` and ``end``, one sequence.
+        context; with neither limit, at most 512 new tokens. A row also ends with the token that completes one of
+        stop_strings, which need the tokenizer. streamer: an object with ``put`` and ``end``, one sequence.
         speculative=False is plain decoding on the same path. Raises InvalidInputError.
         """
         prompt = as_batch(input_ids)
@@ -243,6 +252,7 @@ class EaModel(EngineControl, ReferenceMethods):
             max_length=max_length,
             sampling=sampling,
             eos_token_id=eos,
+            stop_strings=stop_strings,
             generator=generator,
             seed=seed,
             speculative=speculative,
@@ -314,4 +324,5 @@ def _uniforms(batch: int, count: int, generator: torch.Generator | None, seed: i
             raise InvalidInputError(f"seed is {seed}; expected a whole number of at most 64 bits")
         generator = torch.Generator().manual_seed(seed)
     device = generator.device if generator is not None else torch.device("cpu")
-    return torch.rand(batch, count, generator=generator, device=device)
+    # Position by position, so that a longer limit or another tree leaves the numbers before it as they were.
+    return torch.rand(count, batch, generator=generator, device=device).T.contiguous()

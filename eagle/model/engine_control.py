@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import nn
+from transformers import PreTrainedModel
+
 from eagle.engine.session import Session
 from eagle.engine.settings import EngineSettings
 from eagle.errors import EagleError, UnsupportedModelError
@@ -20,12 +23,20 @@ class EngineControl:
     target: Target
     ea_layer: DraftModel
     _session: Session
+    base_model: PreTrainedModel
     _unfusable: str | None
+    _seen: tuple[object, ...]
 
     @property
     def engine(self) -> EngineSettings:
         """How steps run; `configure_engine` changes it."""
         return self._session.settings
+
+    @property
+    def engine_trouble(self) -> str | None:
+        """Why the last attempt at fusing or capturing failed; None if it did not. Configuring again tries again."""
+        captures = self._session.captures
+        return self._unfusable or captures.step_reason or captures.prefill_reason
 
     @property
     def told(self) -> Callable[[str], None] | None:
@@ -42,40 +53,43 @@ class EngineControl:
         Raises InvalidInputError while a generation is open, and UnsupportedModelError where ``settings.fused`` is "on"
         and the target can't be fused.
         """
-        self._session.refuse_nesting()
-        before = self._session.settings
-        try:
-            draft = self._apply(settings)
-        except EagleError:
-            self._session.configure(before, self._apply(before))
-            raise
-        self._session.configure(settings, draft)
+        with self._session.exclusive():
+            before = self._session.settings
+            try:
+                draft = self._apply(settings)
+            except EagleError:
+                self._switch(before, self._apply(before))
+                raise
+            self._switch(settings, draft)
 
-    def _apply(self, settings: EngineSettings) -> DraftModel | FusedDraft:
+    def _refresh(self) -> None:
+        """Fuse and capture anew where modules, hooks or weights are no longer those that were fused or captured. The
+        caller has the session's turn."""
+        settings = self._session.settings
+        if settings != EngineSettings() and self._seen != fingerprint(self.base_model, self.ea_layer):
+            self._switch(settings, self._apply(settings, anew=True))
+
+    def _switch(self, settings: EngineSettings, draft: DraftModel | FusedDraft) -> None:
+        self._session.configure(settings, draft)
+        self._seen = fingerprint(self.base_model, self.ea_layer)
+
+    def _apply(self, settings: EngineSettings, *, anew: bool = False) -> DraftModel | FusedDraft:
         """Fuse or unfuse the target as asked, and return the head that goes with it."""
         current, before = self._session.draft, self._session.settings
+        wanted_fused = settings.fused != "off"
         same = (settings.fused, settings.draft_dtype) == (before.fused, before.draft_dtype)
-        if same and self._weights_in_place():
+        whole = (self.target.fused is not None) == (wanted_fused and self._unfusable is None)
+        usable = not isinstance(current, FusedDraft) or bool(current.layers)
+        if same and whole and usable and not anew and self._unfusable is None:
             return current
         if isinstance(current, FusedDraft):
             current.release()
-        self._unfusable = None
-        if settings.fused == "off":
+        if anew or not wanted_fused:
             self.target.unfuse()
-        else:
-            if self.target.fused is not None and not self.target.fused.intact():
-                self.target.unfuse()
-            self._unfusable = self._fuse(required=settings.fused == "on")
+        self._unfusable = self._fuse(required=settings.fused == "on") if wanted_fused else None
         if settings.fused == "off" and settings.draft_dtype is None:
             return self.ea_layer
         return self._fused_draft(settings.draft_dtype, settings.fused == "on" or settings.draft_dtype is not None)
-
-    def _weights_in_place(self) -> bool:
-        """Whether packed weights are still those of the modules: moving or casting a model ends that."""
-        target, draft = self.target.fused, self._session.draft
-        if isinstance(draft, FusedDraft) and not (draft.layers and draft.intact()):
-            return False
-        return target is None or target.intact()
 
     def _fused_draft(self, dtype: str | None, required: bool) -> DraftModel | FusedDraft:
         try:
@@ -94,3 +108,19 @@ class EngineControl:
                 raise UnsupportedModelError(f"the target can't be fused: {error}; leave fused at 'auto'") from error
             return str(error)
         return None
+
+
+def fingerprint(*models: nn.Module) -> tuple[object, ...]:
+    """What fused weights and captured steps rest on: which modules there are, their forwards and hooks, and where each
+    parameter lies. 0.5 ms for 30 layers."""
+    return tuple(
+        (
+            id(module),
+            id(vars(module).get("forward")),
+            len(module._forward_hooks),
+            len(module._forward_pre_hooks),
+            *(parameter.data_ptr() for parameter in module._parameters.values() if parameter is not None),
+        )
+        for model in models
+        for module in model.modules()
+    )

@@ -15,6 +15,7 @@ from eagle.model.fused_layer import FusedLayer, LayerPass
 from eagle.model.fused_support import Unfusable, is_plain_linear
 from eagle.model.fused_weights import NormWeight, PackedWeights, Product, QuantizedWeights, packing, release
 from eagle.model.kv_cache import KVCache, LayerShape
+from eagle.model.layers import taken
 from eagle.model.ops import Ops
 from eagle.model.rope_table import RopeTable
 
@@ -43,9 +44,7 @@ class FusedDraft:
         else:
             self._build(QuantizedWeights(_weight_dtype(dtype, draft.fc.weight.device)))
         self._final = None if draft.norm is None else _norm(draft.norm)
-        self._target_ids = (
-            None if draft.d2t is None else draft.d2t + torch.arange(len(draft.d2t), device=draft.d2t.device)
-        )
+        self.target_ids = draft.target_ids
         self._rope = RopeTable(draft.rope, draft.fc.weight.device)
 
     def _build(self, weights: PackedWeights | QuantizedWeights) -> None:
@@ -85,12 +84,9 @@ class FusedDraft:
         self._rope.reserve(slots)
         return self.draft.new_cache(batch, slots)
 
-    def to_target(self, ids: torch.Tensor) -> torch.Tensor:
-        """Target-vocabulary ids of draft-vocabulary ids."""
-        return ids if self._target_ids is None else self._target_ids[ids]
-
-    def rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [..., D] of ``positions`` [...], which lie below the slots of a cache that has been used."""
+    def rope(self, positions: torch.Tensor, slots: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [..., D] of ``positions`` [...], which lie below ``slots``, or those of a cache used before."""
+        self._rope.reserve(slots)
         return self._rope(positions) if self._rope.rows else self.draft.rope(positions)
 
     @torch.no_grad()
@@ -108,46 +104,82 @@ class FusedDraft:
         return self._fc(ops, ops.rms_norm(features, *_norm(draft.input_norm)))
 
     @torch.no_grad()
-    def __call__(self, hidden: torch.Tensor, tokens: torch.Tensor, call: DraftCall) -> torch.Tensor:
+    def __call__(
+        self, hidden: torch.Tensor, tokens: torch.Tensor, call: DraftCall, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """`DraftModel.forward`."""
-        ops, config = call.ops, self.config
-        self._rope.reserve(call.cache.slots)
-        embedded = self._embed(tokens).to(hidden.dtype)
-        if config.kind == "eagle1":
-            hidden = self._fc(ops, torch.cat((embedded, hidden), dim=-1))
-            total, normed = hidden, hidden
-        else:
-            total, normed = self._paired(ops, hidden, embedded)
-        cos, sin = self.rope(call.positions) if call.rope is None else call.rope
-        shared = LayerPass(ops, cos, sin, call.start, call.kv_len, call.tree_words, call.slots)
-        for index, layer in enumerate(self.layers):
-            last = index + 1 == len(self.layers)
-            following = (self._final if config.norm_output else None) if last else self.layers[index + 1].input_norm
-            total, normed = layer(total, normed, call.cache.layers[index], shared, following)
-        if not config.norm_output or self._final is None:
-            return total
-        return ops.rms_norm(total, *self._final) if normed is None else normed
+        total, normed = self._pass(hidden, tokens, call, rows, self._final if self.config.norm_output else None)
+        return total if normed is None else normed
+
+    @torch.no_grad()
+    def expand(
+        self, hidden: torch.Tensor, tokens: torch.Tensor, call: DraftCall, rows: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`DraftModel.expand`; the last norm rides in the product before it, as all others do."""
+        total, normed = self._pass(hidden, tokens, call, rows, self._final)
+        ready = total if normed is None else normed
+        return (ready if self.config.norm_output else total), self._project(ready, call.ops)
 
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor, ops: Ops) -> torch.Tensor:
         """`DraftModel.logits`."""
         if self._final is not None and not self.config.norm_output:
             hidden = ops.rms_norm(hidden, *self._final)
+        return self._project(hidden, ops)
+
+    def _pass(
+        self,
+        hidden: torch.Tensor,
+        tokens: torch.Tensor,
+        call: DraftCall,
+        rows: torch.Tensor | None,
+        final: NormWeight | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The residual stream behind all layers [B, T, H] and its ``final`` norm, if there is one."""
+        ops, config = call.ops, self.config
+        self._rope.reserve(call.cache.slots)
+        if config.kind == "eagle1":
+            embedded = self._embed(tokens).to(hidden.dtype)
+            hidden = self._fc(ops, torch.cat((embedded, taken(hidden, rows)), dim=-1))
+            total, normed = hidden, hidden
+        else:
+            total, normed = self._paired(ops, hidden, rows, tokens)
+        cos, sin = self.rope(call.positions) if call.rope is None else call.rope
+        shared = LayerPass(ops, cos, sin, call.start, call.kv_len, call.tree_words, call.slots)
+        for index, layer in enumerate(self.layers):
+            last = index + 1 == len(self.layers)
+            following = final if last else self.layers[index + 1].input_norm
+            total, normed = layer(total, normed, call.cache.layers[index], shared, following)
+        return total, normed
+
+    def _project(self, hidden: torch.Tensor, ops: Ops) -> torch.Tensor:
         if self._head is None:  # a quantised or spread target's own module
             return self.draft._shared_head(hidden).to(hidden.device)
         return self._head(ops, hidden)
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        (module,) = self.draft._embedding
-        if type(module) is nn.Embedding and module.weight.device == tokens.device:
-            return module.weight[tokens]  # 1.9 µs for ten rows, where F.embedding takes 5.9 (H100)
+        table = self._embedding_table(tokens.device)
+        if table is not None:
+            return table[tokens]  # 1.9 µs for ten rows, where F.embedding takes 5.9 (H100)
         return self.draft._embed(tokens)
 
-    def _paired(self, ops: Ops, hidden: torch.Tensor, embedded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _embedding_table(self, device: torch.device) -> torch.Tensor | None:
+        """The embedding's weight, unless the module does more than look up a row on that device."""
+        (module,) = self.draft._embedding
+        return module.weight if type(module) is nn.Embedding and module.weight.device == device else None
+
+    def _paired(
+        self, ops: Ops, hidden: torch.Tensor, rows: torch.Tensor | None, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """EAGLE-3's residual stream [B, T, H] and attention input [B, T, 2 H]."""
         first = self.draft.layers[0]
         left, right = _norm(first.input_layernorm), _norm(first.hidden_norm)
-        both = ops.cat_rms_norm(embedded, left.weight, hidden, right.weight, left.eps, right.eps)
+        table = self._embedding_table(tokens.device)
+        if table is not None and table.dtype == hidden.dtype and tokens.device == hidden.device:
+            both, hidden = ops.draft_input(hidden, rows, tokens, table, left.weight, right.weight, left.eps, right.eps)
+        else:
+            hidden, embedded = taken(hidden, rows), self._embed(tokens).to(hidden.dtype)
+            both = ops.cat_rms_norm(embedded, left.weight, hidden, right.weight, left.eps, right.eps)
         return (both[..., hidden.shape[-1] :] if first.norm_before_residual else hidden), both
 
 

@@ -92,3 +92,9 @@ class KVCache:
         for (k, v), (old_k, old_v) in zip(self.groups, old.groups, strict=True):
             k[:, :, :, :length] = old_k[:, :, :, :length]
             v[:, :, :, :length] = old_v[:, :, :, :length]
+
+    def take_row(self, row: int, other: KVCache, length: int) -> None:
+        """Copy the first ``length`` slots of another cache's only row into ``row``."""
+        for (k, v), (other_k, other_v) in zip(self.groups, other.groups, strict=True):
+            k[:, row, :, :length] = other_k[:, 0, :, :length]
+            v[:, row, :, :length] = other_v[:, 0, :, :length]

@@ -35,6 +35,31 @@ def cat_rms_norm(
     return torch.cat((rms_norm(first, first_weight, first_eps), rms_norm(second, second_weight, second_eps)), dim=-1)
 
 
+def draft_input(
+    hidden: torch.Tensor,
+    rows: torch.Tensor | None,
+    tokens: torch.Tensor,
+    embedding: torch.Tensor,
+    embedding_weight: torch.Tensor,
+    hidden_weight: torch.Tensor,
+    embedding_eps: float,
+    hidden_eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What an EAGLE-3 layer begins with: ``cat_rms_norm(embedding[tokens], hidden[rows])`` and ``hidden[rows]``.
+
+    hidden: [B, R, H]; rows: [B, T] int64, or None for all of ``hidden`` in turn; tokens: [B, T] int64; embedding:
+    [V, H], of hidden's dtype; weights: [H]. Returns [B, T, 2 H] and [B, T, H].
+    """
+    hidden = taken(hidden, rows)
+    embedded = embedding[tokens]
+    return cat_rms_norm(embedded, embedding_weight, hidden, hidden_weight, embedding_eps, hidden_eps), hidden
+
+
+def taken(hidden: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """Rows [B, T] int64 of hidden [B, R, H]: [B, T, H]; all of it for None."""
+    return hidden if rows is None else hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
 def rope_append(
     q: torch.Tensor,
     k: torch.Tensor,

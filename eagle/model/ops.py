@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -61,6 +61,15 @@ class DraftTree:
     parents: torch.Tensor  # [B, N] int64, -1 for the root
     depths: torch.Tensor  # [B, N] int64, 0 for the root
     words: torch.Tensor  # [B, N, W] int64: bit j of row i is set where node j is i or an ancestor of i
+
+
+class DraftPositions(NamedTuple):
+    """Where the rows of a step's draft passes lie: the extend over the tokens just committed, then each level."""
+
+    start: torch.Tensor  # [B] int64: the extend's first slot, which is its first position too
+    last: torch.Tensor  # [B] int64: the extend's row of the last committed token, of all B · P
+    slots: torch.Tensor  # [depth, B] int64: each level's first slot
+    rope: torch.Tensor  # [B, P + depth] int64: RoPE positions of the extend's rows, then of each level's
 
 
 @dataclass
@@ -140,6 +149,7 @@ class Ops:
     kv_retrieve: Callable[..., torch.Tensor]
     kv_compact: Callable[..., None]
     rope_append: Callable[..., torch.Tensor]
+    draft_positions: Callable[..., DraftPositions]
     topk_log_softmax: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     grow_tree: Callable[..., Frontier]
     finish_tree: Callable[..., DraftTree]
@@ -148,6 +158,7 @@ class Ops:
     rms_norm: Callable[..., torch.Tensor]
     add_rms_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     cat_rms_norm: Callable[..., torch.Tensor]
+    draft_input: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     swiglu: Callable[..., torch.Tensor]
     linear: Callable[..., torch.Tensor]
     gate_up_swiglu: Callable[..., torch.Tensor]

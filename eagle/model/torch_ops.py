@@ -5,6 +5,7 @@ from eagle.model.kv_cache import kv_append, kv_compact, kv_retrieve
 from eagle.model.layers import (
     add_rms_norm,
     cat_rms_norm,
+    draft_input,
     gate_up_swiglu,
     linear,
     linear_add_rms_norm,
@@ -13,7 +14,7 @@ from eagle.model.layers import (
     swiglu,
 )
 from eagle.model.ops import Ops
-from eagle.model.tree import finish_tree, grow_tree, topk_log_softmax
+from eagle.model.tree import draft_positions, finish_tree, grow_tree, topk_log_softmax
 from eagle.model.verify import evaluate_posterior, update_inputs
 
 TORCH_OPS = Ops(
@@ -22,6 +23,7 @@ TORCH_OPS = Ops(
     kv_retrieve=kv_retrieve,
     kv_compact=kv_compact,
     rope_append=rope_append,
+    draft_positions=draft_positions,
     topk_log_softmax=topk_log_softmax,
     grow_tree=grow_tree,
     finish_tree=finish_tree,
@@ -30,6 +32,7 @@ TORCH_OPS = Ops(
     rms_norm=rms_norm,
     add_rms_norm=add_rms_norm,
     cat_rms_norm=cat_rms_norm,
+    draft_input=draft_input,
     swiglu=swiglu,
     linear=linear,
     gate_up_swiglu=gate_up_swiglu,

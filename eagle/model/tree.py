@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from eagle.model.ops import WORD_BITS, Candidates, DraftTree, Frontier, TreeShape, mask_words
+from eagle.model.ops import WORD_BITS, Candidates, DraftPositions, DraftTree, Frontier, TreeShape, mask_words
 
 
 def topk_log_softmax(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -19,6 +19,22 @@ def topk_log_softmax(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.
     """
     values, ids = torch.topk(logits, k, dim=-1)
     return values.float() - torch.logsumexp(logits.float(), dim=-1, keepdim=True), ids
+
+
+def draft_positions(kv_len: torch.Tensor, count: torch.Tensor, shape: TreeShape) -> DraftPositions:
+    """Slots and positions of a step's draft passes over ``kv_len`` [B] committed positions, ``count`` [B] of them new.
+
+    The extend runs P rows from the first new position on. Level l's rows come after the committed ones and those of the
+    levels before it, all of them at position ``kv_len + l``.
+    """
+    start, levels = kv_len - count, torch.arange(shape.depth, device=kv_len.device)
+    ahead = torch.arange(shape.path, device=kv_len.device)
+    return DraftPositions(
+        start=start,
+        last=(count - 1).clamp(min=0) + shape.path * torch.arange(len(count), device=count.device),
+        slots=kv_len + levels[:, None] * shape.top_k,
+        rope=torch.cat((start[:, None] + ahead, kv_len[:, None] + levels), dim=1),
+    )
 
 
 def empty_candidates(shape: TreeShape, batch: int, device: torch.device) -> Candidates:
@@ -31,14 +47,22 @@ def empty_candidates(shape: TreeShape, batch: int, device: torch.device) -> Cand
 
 
 def grow_tree(
-    candidates: Candidates, frontier: Frontier | None, level: int, log_probs: torch.Tensor, tokens: torch.Tensor
+    candidates: Candidates,
+    frontier: Frontier | None,
+    level: int,
+    log_probs: torch.Tensor,
+    tokens: torch.Tensor,
+    id_map: torch.Tensor | None = None,
 ) -> Frontier:
     """Record one level's children and choose the rows to expand next.
 
     level 0: ``log_probs`` and ``tokens`` are [B, 1, K], the root's children, and ``frontier`` is None. Level l ≥ 1:
     they are [B, K, K], the children of ``frontier``'s rows. Writes into ``candidates``; returns the K best children by
     cumulative log-probability as the next frontier. At the last level the result has no successor and is ignored.
+    id_map: [Vd] int64, what ``tokens`` are indices of: the target's id of each of the draft's. None: they are the target's.
     """
+    if id_map is not None:
+        tokens = id_map[tokens]
     batch, rows, top_k = tokens.shape
     depth = candidates.frontier_index.shape[1]
     words = mask_words(max(1, depth * top_k))

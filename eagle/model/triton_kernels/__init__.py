@@ -18,6 +18,8 @@ _KERNELS = {
     "add_rms_norm": "norm",
     "attention": "attention",
     "cat_rms_norm": "norm",
+    "draft_input": "draft_input",
+    "draft_positions": "draft_positions",
     "evaluate_posterior": "posterior",
     "evaluate_posterior_seeded": "posterior",
     "finish_tree": "tree_decoding",
@@ -59,7 +61,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Three functions share the name of their module. Importing a module sets it on its package; the function wins."""
+    """Some functions share the name of their module. Importing a module sets it on its package; the function wins."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, ModuleType) and _KERNELS.get(name) == name:

@@ -6,15 +6,19 @@ takes the same way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
+import torch
+
+from eagle.model.kv_cache import LayerShape
 from eagle.model.ops import Ops
 from eagle.model.torch_ops import TORCH_OPS
-from eagle.model.triton_kernels.selection import OPS, Bound, Choice, Plan, bounds
+from eagle.model.triton_kernels.flash import SIZE_STEP, FlashPrompts
+from eagle.model.triton_kernels.selection import FLASH_LIMITS, OPS, PROMPTS, Bound, Choice, Plan, bounds, flash_serves
 
 MODULES = {
     "attention": "attention",
@@ -22,6 +26,7 @@ MODULES = {
     "kv_retrieve": "kv_cache",
     "kv_compact": "kv_cache",
     "rope_append": "rope",
+    "draft_positions": "draft_positions",
     "topk_log_softmax": "topk",
     "grow_tree": "tree_decoding",
     "finish_tree": "tree_decoding",
@@ -30,6 +35,7 @@ MODULES = {
     "rms_norm": "norm",
     "add_rms_norm": "norm",
     "cat_rms_norm": "norm",
+    "draft_input": "draft_input",
     "swiglu": "mlp",
     "linear": "linear",
     "gate_up_swiglu": "linear",
@@ -39,8 +45,25 @@ MODULES = {
 
 
 def _attention(q, k_cache, v_cache, kv_len, tree_words=None, **_):
-    causal_rows = q.shape[1] if tree_words is None else 0
-    return {"head_size": max(q.shape[-1], v_cache.shape[-1]), "causal_rows": causal_rows}
+    rows, size, v_size = q.shape[1], q.shape[-1], v_cache.shape[-1]
+    tree = 0 if tree_words is None else rows
+    return {"causal_rows": rows - tree, "tree": tree, **head_sizes(size, v_size, q.dtype)}
+
+
+def head_sizes(size: int, v_size: int, dtype: torch.dtype) -> dict[str, int]:
+    """The sizes of attention that follow from what a layer stores: head sizes of keys and values, and their dtype."""
+    return {
+        "head_size": max(size, v_size),
+        "head_rest": size % SIZE_STEP,
+        "head_difference": abs(size - v_size),
+        "value_bytes": dtype.itemsize,
+    }
+
+
+def largest_heads(layers: Iterable[LayerShape]) -> dict[str, int]:
+    """The largest of each of the layers' `head_sizes`, which is what a bound has to take."""
+    found = [head_sizes(layer.k_size, layer.v_size, layer.dtype) for layer in layers]
+    return {name: max(sizes[name] for sizes in found) for name in found[0]}
 
 
 def _kv_compact(k, v, nodes, *_, **__):
@@ -90,6 +113,7 @@ SIZES: dict[str, Callable[..., dict[str, int]]] = {
     "rms_norm": _norm,
     "add_rms_norm": _norm,
     "cat_rms_norm": _norm,
+    "draft_input": _norm,
     "linear": _linear,
     "gate_up_swiglu": _linear,
     "linear_add_rms_norm": _linear_add_rms_norm,
@@ -99,7 +123,7 @@ SIZES: dict[str, Callable[..., dict[str, int]]] = {
 
 @dataclass(eq=False)
 class Served:
-    """An op as a kernel and the PyTorch op serve it between them."""
+    """An op as a kernel and the PyTorch op (or FlashAttention and it) serve it between them."""
 
     op: str
     kernel: Callable[..., Any]
@@ -134,7 +158,10 @@ def choose_ops(plan: Plan, sizes: Mapping[str, int] | None = None) -> tuple[Ops,
             plain = getattr(TORCH_OPS, op)
             if op == "linear_add_rms_norm" and plan.choose("add_rms_norm", {}).implementation == "triton":
                 plain = _library_product_kernel_norm
-            served[op] = Served(op, kernel(op), plain, bounds(op, plan.hardware, plan.wanted(op)), plan)
+            limits, flash = bounds(op, plan.hardware, plan.wanted(op)), plan.hardware.flash
+            if PROMPTS in limits and flash and flash_serves(plan.dtype, plan.hardware, plan.wanted(op)):
+                plain = Served(op, FlashPrompts(flash), plain, FLASH_LIMITS, plan)
+            served[op] = Served(op, kernel(op), plain, limits, plan)
     return TORCH_OPS.replaced(**served), [choice for op in OPS for choice in plan.choices(op, sizes or {})]
 
 

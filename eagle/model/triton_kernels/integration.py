@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from eagle.engine.settings import EngineSettings
+from eagle.engine.settings import EngineSettings, FormerEngine
 from eagle.errors import InvalidInputError
 from eagle.model.ea_model import EaModel
 from eagle.model.ops import Ops
-from eagle.model.triton_kernels.dispatch import Served, choose_ops
+from eagle.model.triton_kernels.dispatch import Served, choose_ops, largest_heads
 from eagle.model.triton_kernels.hardware import hardware
-from eagle.model.triton_kernels.selection import DTYPES, OPS, Plan, check_names, from_environment
+from eagle.model.triton_kernels.selection import CASES, DTYPES, FLASH, OPS, Plan, check_names, from_environment
 
 ENGINE = "engine"
 """The key of the engine's former settings among the original methods."""
@@ -38,15 +38,15 @@ def optimize_eagle_with_triton(
     one CUDA graph; the next generation uses them.
 
     kernels: "auto" (what is fastest here; PyTorch where there is no GPU), "triton" or "torch", for all ops; overrides:
-    the same for single ones, by name. What is left out comes from EAGLE_KERNELS and EAGLE_KERNELS_<OP>. ops: a table of
-    your own to serve instead. engine, fused, exact, draft_dtype: see `eagle.engine.settings.EngineSettings`; where all
-    ops are PyTorch's, "auto" leaves engine and target as they are. Returns the model itself and, for each op that
-    changed, the function that served before, with the engine's former settings, for `restore_eagle`.
-    `EaModel.kernel_report` tells what serves now.
+    the same for single ones, by name, and "flash" for attention (FlashAttention for prompts, the kernel for the rest).
+    What is left out comes from EAGLE_KERNELS and EAGLE_KERNELS_<OP>. ops: a table of your own to serve instead. engine,
+    fused, exact, draft_dtype: see `eagle.engine.settings.EngineSettings`; where all ops are PyTorch's, "auto" leaves
+    engine and target as they are. Returns the model itself and, for each op that changed, the function that served
+    before, with the engine's former settings, for `restore_eagle`. `EaModel.kernel_report` tells what serves now.
 
     Raises TypeError for something that is no EaModel, InvalidInputError for a name that does not exist, for "triton"
-    where no kernel can run and while a generation is open, and UnsupportedModelError for ``fused="on"`` where the target
-    can't be. The model is then as it was.
+    where no kernel can run, for "flash" where FlashAttention can't serve and while a generation is open, and
+    UnsupportedModelError for ``fused="on"`` where the target can't be. The model is then as it was.
     """
     _check_model(model, "optimize_eagle_with_triton")
     settings = EngineSettings(engine, fused, exact, draft_dtype)
@@ -57,12 +57,15 @@ def optimize_eagle_with_triton(
     plan = model.kernel_plan
     if ops is None:
         plan = plan_for(model, kernels, overrides)
+        _check_flash(plan, model)
         ops, _ = choose_ops(plan)
     settings = _settled(settings, model, ops)
     replaced: dict[str, Callable[..., Any]] = {}
-    if settings != model.engine:
-        replaced[ENGINE] = model.engine
+    if settings != model.engine or model.engine_trouble is not None:
+        former = FormerEngine(model.engine)
         model.configure_engine(settings)
+        model.former_engines.append(former)
+        replaced[ENGINE] = former
     for op in OPS:
         before, new = getattr(model.ops, op), getattr(ops, op)
         if new is before:
@@ -87,13 +90,15 @@ def restore_eagle(model: EaModel, original_methods: Mapping[str, Callable[..., A
             f"original_methods is a {type(original_methods).__name__}; expected the mapping of op names to functions "
             "that optimize_eagle_with_triton returned"
         )
-    before = original_methods.get(ENGINE)
-    if before is not None and not isinstance(before, EngineSettings):
-        raise TypeError(f"original_methods[{ENGINE!r}] is a {type(before).__name__}; expected EngineSettings")
+    former = original_methods.get(ENGINE)
+    if former is not None and not isinstance(former, FormerEngine):
+        raise TypeError(
+            f"original_methods[{ENGINE!r}] is a {type(former).__name__}; expected what optimize_eagle_with_triton returned"
+        )
     functions = {op: function for op, function in original_methods.items() if op != ENGINE}
     check_names("auto", dict.fromkeys(functions, "auto"))
-    if before is not None:
-        before(model)
+    if former is not None:
+        former(model)
     originals = {op: _still_in(function) for op, function in functions.items()}
     for op, original in originals.items():
         current = getattr(model.ops, op)
@@ -123,10 +128,21 @@ def _settled(settings: EngineSettings, model: EaModel, ops: Ops) -> EngineSettin
     if triton and model.device.type == "cuda":
         return settings
     plain = EngineSettings()
+    if settings.engine == "captured" and model.device.type != "cuda":
+        raise InvalidInputError(f"engine is 'captured', which needs a CUDA device, not {model.device.type}; use 'auto'")
     engine = plain.engine if settings.engine == "auto" else settings.engine
     fused = plain.fused if settings.fused == "auto" else settings.fused
-    exact = settings.exact and engine != plain.engine
+    exact = settings.exact and (triton or engine != plain.engine)
     return EngineSettings(engine, fused, exact, settings.draft_dtype)
+
+
+def _check_flash(plan: Plan, model: EaModel) -> None:
+    """Where FlashAttention was asked for, refuse a model whose layers it does not take."""
+    if plan.wanted("attention") == FLASH:
+        layers = [*model.target.layer_shapes, *model.ea_layer.layer_shapes]
+        choice = plan.choose("attention", {**CASES["attention"]["prompts"], **largest_heads(layers)})
+        if choice.implementation != FLASH:
+            raise InvalidInputError(f"attention is to be flash, but {choice.reason}; use auto, torch or triton")
 
 
 def _check_model(model: Any, caller: str) -> None:

@@ -20,6 +20,7 @@ from eagle.model.triton_kernels.cache_checks import (
     debugging,
     require,
 )
+from eagle.model.triton_kernels.overlap import await_earlier, overlaps
 
 COPY_ELEMENTS = 2048
 """Elements a program copies: 16 a thread with 4 warps, two 16-byte accesses in half precision."""
@@ -44,7 +45,9 @@ def _append_kernel(
     SIZE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_earlier(PDL)
     head, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     row = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
@@ -68,7 +71,9 @@ def _retrieve_kernel(
     SIZE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_earlier(PDL)
     head, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     row = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
@@ -110,7 +115,9 @@ def _compact_kernel(
     V_SIZE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_earlier(PDL)
     layer, b = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(2).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -144,6 +151,7 @@ def kv_append(cache: torch.Tensor, new: torch.Tensor, start: torch.Tensor) -> No
     if new.numel() == 0:
         return
     block_t, block_d = _blocks(rows, size)
+    pdl = overlaps(cache)
     with torch.cuda.device_of(cache):
         _append_kernel[(triton.cdiv(rows, block_t), heads, batch)](
             cache,
@@ -156,6 +164,8 @@ def kv_append(cache: torch.Tensor, new: torch.Tensor, start: torch.Tensor) -> No
             SIZE=size,
             BLOCK_T=block_t,
             BLOCK_D=block_d,
+            PDL=pdl,
+            launch_pdl=pdl,
         )
 
 
@@ -175,6 +185,7 @@ def kv_retrieve(cache: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     if out.numel() == 0:
         return out
     block_t, block_d = _blocks(count, size)
+    pdl = overlaps(cache)
     with torch.cuda.device_of(cache):
         _retrieve_kernel[(triton.cdiv(count, block_t), heads, batch)](
             cache,
@@ -187,6 +198,8 @@ def kv_retrieve(cache: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
             SIZE=size,
             BLOCK_T=block_t,
             BLOCK_D=block_d,
+            PDL=pdl,
+            launch_pdl=pdl,
         )
     return out
 
@@ -217,6 +230,7 @@ def kv_compact(
     block_p = triton.next_power_of_2(path)
     wide = triton.next_power_of_2(max(size, v.shape[4]))
     block_c = min(wide, max(16, COPY_ELEMENTS // block_p))
+    pdl = overlaps(k)
     with torch.cuda.device_of(k):
         _compact_kernel[(triton.cdiv(wide, block_c), layers * heads, batch)](
             k,
@@ -233,6 +247,8 @@ def kv_compact(
             V_SIZE=v.shape[4],
             BLOCK_P=block_p,
             BLOCK_C=block_c,
+            PDL=pdl,
+            launch_pdl=pdl,
         )
 
 

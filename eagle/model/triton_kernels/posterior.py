@@ -22,6 +22,7 @@ import triton.language as tl
 from eagle.model.ops import Acceptance, DraftTree, Sampling
 from eagle.model.triton_kernels.dense import check_dense, check_range
 from eagle.model.triton_kernels.order import EMPTY, key_ids, make_keys
+from eagle.model.triton_kernels.overlap import await_earlier, overlaps
 from eagle.model.triton_kernels.rows import check_float
 from eagle.model.triton_kernels.sampling import draw_keys
 
@@ -36,7 +37,9 @@ def _argmax_kernel(
     chunks,
     stride,
     CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_earlier(PDL)
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     ids = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -59,7 +62,9 @@ def _walk_kernel(
     path,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_earlier(PDL)
     b = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK_N)
     inside = n < nodes
@@ -147,9 +152,18 @@ def _argmax_keys(logits: torch.Tensor) -> torch.Tensor:
     chunks = triton.cdiv(vocab, chunk)
     keys = logits.new_empty((batch, nodes, chunks), dtype=torch.int64)
     if batch:
+        pdl = overlaps(logits)
         with torch.cuda.device_of(logits):
             _argmax_kernel[(batch * nodes, chunks)](
-                logits, keys, vocab, chunks, logits.stride(1), CHUNK=chunk, num_warps=max(1, min(8, chunk // 1024))
+                logits,
+                keys,
+                vocab,
+                chunks,
+                logits.stride(1),
+                CHUNK=chunk,
+                num_warps=max(1, min(8, chunk // 1024)),
+                PDL=pdl,
+                launch_pdl=pdl,
             )
     return keys
 
@@ -160,6 +174,7 @@ def _walk(keys: torch.Tensor, tree: DraftTree, path: int) -> Acceptance:
     accepted = Acceptance(nodes=steps[0], tokens=steps[1], count=keys.new_empty((batch,)))
     block = triton.next_power_of_2(nodes)
     if batch:
+        pdl = overlaps(keys)
         with torch.cuda.device_of(keys):
             _walk_kernel[(batch,)](
                 keys,
@@ -174,6 +189,8 @@ def _walk(keys: torch.Tensor, tree: DraftTree, path: int) -> Acceptance:
                 BLOCK_N=block,
                 BLOCK_C=min(16, triton.next_power_of_2(chunks)),
                 num_warps=1 if block <= 64 else 4,  # one warp's reductions need no barrier
+                PDL=pdl,
+                launch_pdl=pdl,
             )
     return accepted
 

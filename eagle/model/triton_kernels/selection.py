@@ -5,7 +5,8 @@ what a kernel takes (`LIMITS`), and, where nothing particular was asked for, wha
 for GPUs that have one (`MEASURED`), else `UNMEASURED`. A reason always says which of these decided.
 
 Asking for "triton" is asking for kernels wherever they can run: a dtype, size or old GPU that a kernel does not take
-still gets the PyTorch op. Where no kernel can run at all, asking for them is an error.
+still gets the PyTorch op. Where no kernel can run at all, asking for them is an error. "flash" is for attention alone:
+FlashAttention for prompts, the kernel for decoding and trees; where it can't serve, asking for it is an error.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ import torch
 
 from eagle.errors import InvalidInputError
 from eagle.model.ops import Ops
+from eagle.model.triton_kernels import flash
 from eagle.model.triton_kernels.hardware import LEAST_TRITON, Hardware
 
 OPS = tuple(entry.name for entry in fields(Ops))
 REQUESTS = ("auto", "torch", "triton")
+FLASH = "flash"
+"""What may be asked for attention besides."""
+
 VARIABLE = "EAGLE_KERNELS"
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -34,7 +39,7 @@ class Choice:
     """What serves an op. ``when`` names the calls that are meant, where an op's calls are served differently."""
 
     op: str
-    implementation: str  # "triton", "torch", "sdpa", or "custom" for a function of the caller's own
+    implementation: str  # "triton", "torch", "sdpa", "flash", or "custom" for a function of the caller's own
     reason: str
     when: str = ""
 
@@ -72,17 +77,27 @@ LIMITS: dict[str, tuple[Bound, ...]] = {
     "rms_norm": (Bound("width", 32768, "the kernel takes rows of up to 32,768 values"),),
     "add_rms_norm": (Bound("width", 32768, "the kernel takes rows of up to 32,768 values"),),
     "cat_rms_norm": (Bound("width", 32768, "the kernel takes rows of up to 32,768 values"),),
+    "draft_input": (Bound("width", 32768, "the kernel takes rows of up to 32,768 values"),),
     "linear": (FEW_ROWS,),
     "gate_up_swiglu": (FEW_ROWS,),
     "linear_add_rms_norm": (FEW_ROWS, Bound("width", 32768, "the kernel takes rows of up to 32,768 values")),
 }
 """What the kernels take. Sizes are those of `CASES` and `dispatch.SIZES`; the numbers are the kernels' own."""
 
-UNMEASURED: dict[str, tuple[Bound, ...]] = {
-    "attention": (Bound("causal_rows", 32, "prompts fill a GPU by themselves, so SDPA serves them"),),
-}
+PROMPTS = Bound("causal_rows", 32, "prompts fill a GPU by themselves, so SDPA serves them")
+
+UNMEASURED: dict[str, tuple[Bound, ...]] = {"attention": (PROMPTS,)}
 """The rule for GPUs nobody has measured: kernels for decoding and trees, where few rows meet a long cache and launches
-count; the library for prompts."""
+count; the library for prompts: FlashAttention where it is installed, else SDPA."""
+
+FLASH_LIMITS = (
+    Bound("tree", 0, "FlashAttention takes no tree"),
+    Bound("value_bytes", 2, "FlashAttention takes float16 and bfloat16"),
+    Bound("head_size", flash.MAX_SIZE, f"FlashAttention takes head sizes up to {flash.MAX_SIZE}"),
+    Bound("head_rest", 0, f"FlashAttention takes head sizes that are multiples of {flash.SIZE_STEP}"),
+    Bound("head_difference", 0, "FlashAttention takes keys and values of one head size"),
+)
+"""What FlashAttention takes, of the calls beyond `PROMPTS`."""
 
 MEASURED: dict[str, dict[str, tuple[Bound, ...]]] = {"NVIDIA H100": {}}
 """Bounds by measurement, in place of `UNMEASURED`: a part of the GPU's name → op → bounds. An op with no entry is
@@ -109,8 +124,9 @@ def choose(
 ) -> Choice:
     """What serves a call of ``op`` with the given sizes (names as in `LIMITS`; one left out counts as small).
 
-    request: "auto", "torch" or "triton", for all ops; overrides: the same for single ones. Raises InvalidInputError for
-    an unknown name, and for "triton" where no kernel can run.
+    request: "auto", "torch" or "triton", for all ops; overrides: the same for single ones, and "flash" for attention.
+    Raises InvalidInputError for an unknown name, for "triton" where no kernel can run, and for "flash" where
+    FlashAttention can't.
     """
     overrides = overrides or {}
     check_names(request, overrides)
@@ -120,6 +136,10 @@ def choose(
     plain = "sdpa" if op == "attention" else "torch"
     if wanted == "torch":
         return Choice(op, plain, f"as asked{' for this op' if op in overrides else ''}")
+    if wanted == FLASH and (lacking := flash_lacks(dtype, hardware)) is not None:
+        raise InvalidInputError(
+            f"{VARIABLE}_ATTENTION or overrides asks for flash, but {lacking}; use auto, torch or triton"
+        )
     missing = unable(hardware)
     if wanted == "triton" and missing is not None:
         asked = f"{VARIABLE}_{op.upper()} or overrides" if op in overrides else f"kernels (--kernels, {VARIABLE})"
@@ -128,19 +148,27 @@ def choose(
     reason = missing or _unfit(dtype, hardware, wanted)
     if reason is not None:
         return Choice(op, plain, reason)
-    for bound in bounds(op, hardware, wanted):
-        if sizes.get(bound.size, 0) > bound.most:
-            return Choice(op, plain, bound.reason)
-    if wanted == "triton":
-        return Choice(op, "triton", f"as asked{' for this op' if op in overrides else ''}")
     table = measured_table(hardware.name)
     source = "no measurement for this GPU yet: by rule" if table is None else f"measured on {table}"
+    for bound in bounds(op, hardware, wanted):
+        if sizes.get(bound.size, 0) > bound.most:
+            if bound is PROMPTS and flash_serves(dtype, hardware, wanted):
+                beyond = next((limit.reason for limit in FLASH_LIMITS if sizes.get(limit.size, 0) > limit.most), None)
+                reason = f"{'as asked' if wanted == FLASH else source}, {hardware.flash}"
+                return Choice(op, FLASH, reason) if beyond is None else Choice(op, plain, beyond)
+            return Choice(op, plain, bound.reason)
+    if wanted == FLASH:
+        return Choice(op, "triton", "FlashAttention, as asked, serves prompts alone")
+    if wanted == "triton":
+        return Choice(op, "triton", f"as asked{' for this op' if op in overrides else ''}")
     return Choice(op, "triton", source)
 
 
 def bounds(op: str, hardware: Hardware, wanted: str) -> tuple[Bound, ...]:
     """Every bound that holds for the kernel of ``op``: what it takes and, in auto, where it is the faster one."""
     limits = LIMITS.get(op, ())
+    if wanted == FLASH:
+        return (*limits, PROMPTS)
     if wanted != "auto":
         return limits
     table = measured_table(hardware.name)
@@ -169,6 +197,29 @@ def unable(hardware: Hardware) -> str | None:
     return None
 
 
+def flash_serves(dtype: torch.dtype, hardware: Hardware, wanted: str) -> bool:
+    """Whether prompts that the kernel leaves to a library go to FlashAttention."""
+    return wanted in ("auto", FLASH) and flash_lacks(dtype, hardware) is None
+
+
+def flash_lacks(dtype: torch.dtype, hardware: Hardware) -> str | None:
+    """Why FlashAttention can't serve prompts beside the kernels here, asked for or not, or None."""
+    if (missing := unable(hardware)) is not None:
+        return missing
+    if hardware.kind != "cuda" or hardware.interpreted:
+        return "FlashAttention needs an NVIDIA GPU, and no TRITON_INTERPRET"
+    if hardware.capability is not None and hardware.capability < LEAST_CAPABILITY:
+        found = ".".join(map(str, hardware.capability))
+        return f"{hardware.name} has compute capability {found}; FlashAttention needs 8.0"
+    if hardware.flash is None:
+        return "FlashAttention is not installed (pip install flash-attn)"
+    if hardware.flash.problem is not None:
+        return f"{hardware.flash} can't be used: {hardware.flash.problem}"
+    if dtype not in flash.DTYPES:
+        return f"FlashAttention takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    return None
+
+
 def _unfit(dtype: torch.dtype, hardware: Hardware, wanted: str) -> str | None:
     """Why the PyTorch op serves although kernels run here, or None."""
     if dtype not in DTYPES:
@@ -188,9 +239,10 @@ def _unfit(dtype: torch.dtype, hardware: Hardware, wanted: str) -> str | None:
 def check_names(request: str, overrides: Mapping[str, str]) -> None:
     """Raise InvalidInputError for a request or an op that does not exist."""
     for op, wanted in {"": request, **overrides}.items():
-        if wanted not in REQUESTS:
+        if wanted not in REQUESTS and (op, wanted) != ("attention", FLASH):
             what = f"kernels for {op}" if op else f"kernels (--kernels, {VARIABLE})"
-            raise InvalidInputError(f"{what} is {wanted!r}; expected auto, torch or triton")
+            expected = "auto, torch, triton or flash" if op == "attention" else "auto, torch or triton"
+            raise InvalidInputError(f"{what} is {wanted!r}; expected {expected}")
         if op and op not in OPS:
             raise InvalidInputError(f"no op is called {op!r}; expected one of {', '.join(OPS)}")
 

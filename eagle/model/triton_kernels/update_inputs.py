@@ -14,6 +14,7 @@ import triton.language as tl
 
 from eagle.model.ops import Acceptance, DecodeState
 from eagle.model.triton_kernels.dense import check_dense, check_range
+from eagle.model.triton_kernels.overlap import await_earlier, overlaps
 from eagle.model.triton_kernels.rows import check_float
 
 MAX_PATH = 256
@@ -55,7 +56,9 @@ def _update_kernel(
     COPY_TOKENS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_earlier(PDL)
     b = tl.program_id(0).to(tl.int64)
     step = tl.program_id(1)
     part = tl.program_id(2)
@@ -133,6 +136,7 @@ def update_inputs(
         return new
     block = min(1024, triton.next_power_of_2(max(1, size)))
     grid = (batch, 1 if features is None else path, 1 if features is None else triton.cdiv(size, block))
+    pdl = overlaps(state.root)
     with torch.cuda.device_of(state.root):
         _update_kernel[grid](
             accepted.nodes,
@@ -154,6 +158,8 @@ def update_inputs(
             BLOCK_P=triton.next_power_of_2(path),
             BLOCK_F=block,
             num_warps=4,
+            PDL=pdl,
+            launch_pdl=pdl,
         )
     return new
 

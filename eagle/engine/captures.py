@@ -1,0 +1,115 @@
+"""The captured steps and prompt chunks of one model: made on first use, kept, dropped with the caches they are bound to."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from eagle.engine.graphs import StaticStep, StepKey
+from eagle.engine.prefill_graph import BUCKETS, StaticPrefill
+from eagle.engine.state import Caches, Run
+from eagle.errors import UnsupportedModelError
+
+MOST_STEPS = 8
+MOST_CHUNKS = 24
+"""Captures kept; the one unused longest goes first. A chunk has five sizes, each with and without the head."""
+
+Told = Callable[[str], None]
+
+
+class Captures:
+    """Steps and chunks by what they are made for, in one memory pool and on one stream."""
+
+    def __init__(self) -> None:
+        self.step_reason: str | None = None
+        """Why steps can't be captured, where that was tried."""
+        self.prefill_reason: str | None = None
+        self._steps: dict[StepKey, StaticStep] = {}
+        self._chunks: dict[tuple[Any, ...], StaticPrefill] = {}
+        self._pool: tuple[int, int] | None = None
+        self._stream: torch.cuda.Stream | None = None
+
+    def step(self, run: Run, told: Told | None, *, required: bool) -> StaticStep | None:
+        """The step for a run, captured if need be; None where it can't be.
+
+        Raises UnsupportedModelError then if it is ``required``.
+        """
+        key = StepKey.of(run)
+        found = self._steps.pop(key, None)
+        if found is None:
+            batch, kind = run.caches.target.batch, f"tree {run.shape}" if run.draft is not None else "plain decoding"
+            self._tell(told, f"capturing the step for batch {batch}, {kind}")
+            try:
+                found = StaticStep(run, **self._place(run))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                self.step_reason = self._refused("a step", run, error, required)
+                return None
+            _make_room(self._steps, MOST_STEPS)
+        self._steps[key] = found  # at the end: used last
+        return found
+
+    def chunk(self, run: Run, rows: int, reused: int, told: Told | None, *, required: bool) -> StaticPrefill | None:
+        """A prompt chunk of at least ``rows`` rows, captured if need be; None where there can be none."""
+        if self.prefill_reason is not None:
+            return None
+        rows = next(bucket for bucket in BUCKETS if bucket >= rows)
+        key = (rows, id(run.draft) if run.draft is not None else 0, run.target.ops, id(run.caches))
+        found = self._chunks.pop(key, None)
+        if found is None:
+            if reused > run.caches.slots - rows:  # the warm-up would write where a reused prefix lies
+                return None
+            self._tell(told, f"capturing prompts of up to {rows} tokens")
+            try:
+                found = StaticPrefill(run, rows, **self._place(run))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                self.prefill_reason = self._refused("a prompt's pass", run, error, required)
+                return None
+            _make_room(self._chunks, MOST_CHUNKS)
+        self._chunks[key] = found
+        return found
+
+    def drop(self, caches: Caches | None = None) -> None:
+        """Forget all captures, or those bound to ``caches``. Without caches also what could not be captured."""
+        for kept in (self._steps, self._chunks):
+            for key in [key for key, made in kept.items() if caches is None or made.run.caches is caches]:
+                del kept[key]
+        if caches is None:
+            self.step_reason = self.prefill_reason = None
+
+    def steps(self) -> list[StaticStep]:
+        """The captured steps, the one used last at the end."""
+        return list(self._steps.values())
+
+    def _place(self, run: Run) -> dict[str, Any]:
+        device = run.target.device
+        if device.type != "cuda":  # tests run the same ops in turn
+            return {"capture": False, "pool": None, "stream": None}
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream(device)  # one: a library keeps a workspace for each
+        return {"capture": True, "pool": self._pool, "stream": self._stream}
+
+    def _refused(self, what: str, run: Run, error: RuntimeError, required: bool) -> str:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if required:
+            raise UnsupportedModelError(
+                f"{what} of {type(run.target.model).__name__} can't be captured ({reason}); use engine='eager'"
+            ) from error
+        warnings.warn(f"{what} runs one op at a time: the capture failed ({reason})", stacklevel=2)
+        return reason
+
+    def _tell(self, told: Told | None, text: str) -> None:
+        if told is not None:
+            told(text)
+
+
+def _make_room(kept: dict[Any, Any], most: int) -> None:
+    while len(kept) >= most:
+        del kept[next(iter(kept))]
