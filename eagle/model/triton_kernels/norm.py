@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from eagle.model.triton_kernels.overlap import await_earlier, overlaps
 from eagle.model.triton_kernels.rows import as_rows, check_float, check_like, check_vector
 
 MAX_SIZE = 32768
@@ -37,7 +38,9 @@ def _rms_norm_kernel(
     stride,
     eps,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_earlier(PDL)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < k
@@ -59,7 +62,9 @@ def _add_rms_norm_kernel(
     residual_stride,
     eps,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_earlier(PDL)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < k
@@ -85,7 +90,9 @@ def _cat_rms_norm_kernel(
     first_eps,
     second_eps,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_earlier(PDL)
     row = tl.program_id(0).to(tl.int64)
     half = tl.program_id(1)
     at = tl.arange(0, BLOCK)
@@ -130,9 +137,19 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     config = norm_config(rows.shape[1])
     out = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
     if rows.shape[0]:
+        pdl = overlaps(x)
         with torch.cuda.device_of(x):
             _rms_norm_kernel[(rows.shape[0],)](
-                rows, weight, out, rows.shape[1], rows.stride(0), eps, BLOCK=config.block, num_warps=config.num_warps
+                rows,
+                weight,
+                out,
+                rows.shape[1],
+                rows.stride(0),
+                eps,
+                BLOCK=config.block,
+                num_warps=config.num_warps,
+                PDL=pdl,
+                launch_pdl=pdl,
             )
     return out
 
@@ -153,6 +170,7 @@ def add_rms_norm(
     out = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
     total = x.new_empty(x.shape)
     if m:
+        pdl = overlaps(x)
         with torch.cuda.device_of(x):
             _add_rms_norm_kernel[(m,)](
                 rows,
@@ -166,6 +184,8 @@ def add_rms_norm(
                 eps,
                 BLOCK=config.block,
                 num_warps=config.num_warps,
+                PDL=pdl,
+                launch_pdl=pdl,
             )
     return out, total
 
@@ -193,6 +213,7 @@ def cat_rms_norm(
     dtype = torch.promote_types(first.dtype, first_weight.dtype)
     out = first.new_empty((*first.shape[:-1], 2 * k), dtype=dtype)
     if m:
+        pdl = overlaps(first)
         with torch.cuda.device_of(first):
             _cat_rms_norm_kernel[(m, 2)](
                 rows,
@@ -207,6 +228,8 @@ def cat_rms_norm(
                 second_eps,
                 BLOCK=config.block,
                 num_warps=config.num_warps,
+                PDL=pdl,
+                launch_pdl=pdl,
             )
     return out
 

@@ -20,6 +20,7 @@ from eagle.model.triton_kernels.cache_checks import (
     debugging,
     require,
 )
+from eagle.model.triton_kernels.overlap import await_earlier, overlaps
 
 BLOCK_ELEMENTS = 1024
 """Elements a program turns or copies: a few heads, so that one row of a model spreads over several programs."""
@@ -81,7 +82,9 @@ def _rope_append_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_earlier(PDL)
     HALF: tl.constexpr = SIZE // 2
     Q_BLOCKS: tl.constexpr = (Q_HEADS + BLOCK_H - 1) // BLOCK_H
     KV_BLOCKS: tl.constexpr = (KV_HEADS + BLOCK_H - 1) // BLOCK_H
@@ -126,7 +129,9 @@ def _rope_kernel(
     SIZE: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_earlier(PDL)
     b, t = (tl.program_id(0) // rows).to(tl.int64), (tl.program_id(0) % rows).to(tl.int64)
     head = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)
     at = x + b * x_b + t * x_t + head * x_h
@@ -172,6 +177,7 @@ def rope_append(
         return out
     block_h = _heads_a_program(max(q_heads, kv_heads), max(size, v_size))
     parts = triton.cdiv(q_heads, block_h) + 2 * triton.cdiv(kv_heads, block_h)
+    pdl = overlaps(q)
     with torch.cuda.device_of(q):
         _rope_append_kernel[(batch * rows, parts)](
             q,
@@ -199,6 +205,8 @@ def rope_append(
             BLOCK_H=block_h,
             BLOCK_HALF=triton.next_power_of_2(size // 2),
             BLOCK_DV=triton.next_power_of_2(v_size),
+            PDL=pdl,
+            launch_pdl=pdl,
         )
     return out
 
@@ -213,6 +221,7 @@ def rope_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
         return
     batch, rows, heads, size = x.shape
     block_h = _heads_a_program(heads, size)
+    pdl = overlaps(x)
     with torch.cuda.device_of(x):
         _rope_kernel[(batch * rows, triton.cdiv(heads, block_h))](
             x,
@@ -226,6 +235,8 @@ def rope_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
             SIZE=size,
             BLOCK_H=block_h,
             BLOCK_HALF=triton.next_power_of_2(size // 2),
+            PDL=pdl,
+            launch_pdl=pdl,
         )
 
 

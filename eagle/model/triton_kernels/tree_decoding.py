@@ -18,6 +18,7 @@ import triton.language as tl
 from eagle.model.ops import WORD_BITS, Candidates, DraftTree, Frontier, mask_words
 from eagle.model.triton_kernels.dense import check_dense, check_range
 from eagle.model.triton_kernels.order import EMPTY, best_keys, key_ids, key_values, make_keys, order_bits
+from eagle.model.triton_kernels.overlap import await_earlier, overlaps
 from eagle.model.triton_kernels.rows import check_float
 
 MAX_TOP_K = 64
@@ -30,6 +31,7 @@ BITS = tl.constexpr(WORD_BITS)
 def _grow_kernel(
     log_probs,  # [B, R, K] float32
     tokens,  # [B, R, K] int64
+    id_map,  # [Vd] int64 or None: the ids that tokens stand for
     scores,  # [B, C] float32, written from ``offset`` on
     candidate_tokens,  # [B, C] int64, written from ``offset`` on
     frontier_index,  # [B, depth, K] int64, row ``level`` is written
@@ -50,7 +52,9 @@ def _grow_kernel(
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_earlier(PDL)
     b = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     inside = i < count
@@ -58,6 +62,8 @@ def _grow_kernel(
     if HAS_FRONTIER:
         score += tl.load(old_scores + b * K + i // K, mask=inside, other=0.0)
     token = tl.load(tokens + b * count + i, mask=inside, other=0)
+    if id_map is not None:
+        token = tl.load(id_map + token, mask=inside, other=0)
     tl.store(scores + b * candidates + offset + i, score, mask=inside)
     tl.store(candidate_tokens + b * candidates + offset + i, token, mask=inside)
 
@@ -67,7 +73,10 @@ def _grow_kernel(
     index = tl.where(kept, key_ids(best), 0)
     source = index // K
     tl.store(new_scores + b * K + slot, key_values(best), mask=kept)
-    tl.store(new_tokens + b * K + slot, tl.load(tokens + b * count + index, mask=kept, other=0), mask=kept)
+    chosen = tl.load(tokens + b * count + index, mask=kept, other=0)
+    if id_map is not None:
+        chosen = tl.load(id_map + chosen, mask=kept, other=0)
+    tl.store(new_tokens + b * K + slot, chosen, mask=kept)
     tl.store(new_rows + b * K + slot, source.to(tl.int64), mask=kept)
     if level < depth:  # the last level has no successor
         tl.store(frontier_index + (b * depth + level) * K + slot, (index + offset).to(tl.int64), mask=kept)
@@ -101,7 +110,9 @@ def _finish_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_earlier(PDL)
     b = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK_C)
     inside = c < candidates
@@ -158,12 +169,18 @@ def tree_warps(elements: int) -> int:
 
 
 def grow_tree(
-    candidates: Candidates, frontier: Frontier | None, level: int, log_probs: torch.Tensor, tokens: torch.Tensor
+    candidates: Candidates,
+    frontier: Frontier | None,
+    level: int,
+    log_probs: torch.Tensor,
+    tokens: torch.Tensor,
+    id_map: torch.Tensor | None = None,
 ) -> Frontier:
     """Record one level's children and choose the rows to expand next; `eagle.model.tree.grow_tree` in one launch.
 
     log_probs: [B, R, K] float32 and tokens: [B, R, K] int64, with R = 1 at level 0 and K at the others. Writes into
-    ``candidates``. Raises ValueError for a dtype, device, stride or size outside the module's contract.
+    ``candidates``. id_map: [Vd] int64, the target's id of each of the draft's ids that ``tokens`` then holds. Raises
+    ValueError for a dtype, device, stride or size outside the module's contract.
     """
     if tokens.dim() != 3:
         raise ValueError(f"tokens is {tuple(tokens.shape)}; expected [B, R, K]")
@@ -180,6 +197,9 @@ def grow_tree(
     check_float(log_probs, "log_probs")
     check_dense(log_probs, "log_probs", log_probs, (batch, rows, top_k), torch.float32)
     check_dense(tokens, "tokens", log_probs, (batch, rows, top_k), torch.int64)
+    if id_map is not None:
+        check_dense(id_map, "id_map", log_probs, (id_map.numel(),), torch.int64)
+        check_range(tokens, "tokens", 0, id_map.numel())
     wanted = top_k + depth * top_k**2
     check_dense(candidates.scores, "candidates.scores", log_probs, (batch, wanted), torch.float32)
     check_dense(candidates.tokens, "candidates.tokens", log_probs, (batch, wanted), torch.int64)
@@ -198,10 +218,12 @@ def grow_tree(
     if batch == 0:
         return new
     block = triton.next_power_of_2(rows * top_k)
+    pdl = overlaps(log_probs)
     with torch.cuda.device_of(log_probs):
         _grow_kernel[(batch,)](
             log_probs,
             tokens,
+            id_map,
             candidates.scores,
             candidates.tokens,
             candidates.frontier_index,
@@ -223,6 +245,8 @@ def grow_tree(
             BLOCK_K=triton.next_power_of_2(top_k),
             BLOCK_W=triton.next_power_of_2(words),
             num_warps=tree_warps(block),
+            PDL=pdl,
+            launch_pdl=pdl,
         )
     return new
 
@@ -254,6 +278,7 @@ def finish_tree(candidates: Candidates, root: torch.Tensor, total_token: int) ->
     if batch == 0:
         return tree
     block = triton.next_power_of_2(total)
+    pdl = overlaps(scores)
     with torch.cuda.device_of(scores):
         _finish_kernel[(batch,)](
             scores,
@@ -274,6 +299,8 @@ def finish_tree(candidates: Candidates, root: torch.Tensor, total_token: int) ->
             BLOCK_N=triton.next_power_of_2(nodes),
             BLOCK_W=triton.next_power_of_2(words),
             num_warps=max(4, tree_warps(block)),
+            PDL=pdl,
+            launch_pdl=pdl,
         )
     return tree
 
@@ -288,13 +315,14 @@ def grow_tree_op(
     level: int,
     log_probs: torch.Tensor,
     tokens: torch.Tensor,
+    id_map: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`grow_tree` as a registered operator: the new frontier's scores, tokens, rows and words."""
     candidates = Candidates(scores, candidate_tokens, frontier_index)
     old = None
     if old_scores is not None and old_words is not None:
         old = Frontier(scores=old_scores, tokens=old_words, rows=old_words, words=old_words)
-    new = grow_tree(candidates, old, level, log_probs, tokens)
+    new = grow_tree(candidates, old, level, log_probs, tokens, id_map)
     return new.scores, new.tokens.clone(), new.rows.clone(), new.words  # an operator's results may not share storage
 
 
@@ -308,6 +336,7 @@ def _(
     level: int,
     log_probs: torch.Tensor,
     tokens: torch.Tensor,
+    id_map: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, depth, top_k = frontier_index.shape
     shape = (batch, top_k)
