@@ -46,6 +46,10 @@ def captured(
     return graph, result
 
 
+RING = 2
+"""Results the host may be behind by: the one it reads, and the one of the step under way."""
+
+
 @dataclass(frozen=True)
 class StepKey:
     """What a captured step is made for. Two calls with equal keys share one capture."""
@@ -93,6 +97,8 @@ class StaticStep:
                 uniforms = torch.zeros(batch, run.caches.slots + run.path, dtype=run.uniforms.dtype, device=device)
             self.run = replace(run, eos=eos, uniforms=uniforms)
             self.static = StaticState.like(self._idle_state())
+            report = self.static.report
+            self.ring = [torch.empty(report.shape, dtype=report.dtype, pin_memory=report.is_cuda) for _ in range(RING)]
             if capture:
                 self._graph, _ = captured(self._body, device, pool, stream)
         self.seconds = time.perf_counter() - started

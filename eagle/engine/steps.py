@@ -57,10 +57,7 @@ class StaticSteps:
     def __init__(self, static: StaticStep, state: DecodeState) -> None:
         self.static = static
         static.static.state.load(state)
-        report = static.static.report
-        on_gpu = report.is_cuda
-        self._ring = [torch.empty(report.shape, dtype=report.dtype, pin_memory=on_gpu) for _ in range(self.ahead + 1)]
-        self._free = deque(range(len(self._ring)))
+        self._free = deque(range(len(static.ring)))
         self._queued: deque[tuple[int, torch.cuda.Event | None]] = deque()
 
     def queue(self, longest: int) -> None:
@@ -68,7 +65,7 @@ class StaticSteps:
         self.static.replay()
         slot = self._free.popleft()
         report = self.static.static.report
-        self._ring[slot].copy_(report, non_blocking=True)
+        self.static.ring[slot].copy_(report, non_blocking=True)
         event = None
         if report.is_cuda:
             event = torch.cuda.Event()
@@ -81,4 +78,4 @@ class StaticSteps:
         if event is not None:
             event.synchronize()
         self._free.append(slot)
-        return self.static.static.read(self._ring[slot])
+        return self.static.static.read(self.static.ring[slot])
