@@ -118,7 +118,11 @@ def test_a_module_that_synchronises_runs_eagerly_and_the_report_says_why() -> No
         out = eagle.generate(ids, max_new_tokens=40)
     assert torch.equal(out, wanted)
     assert any(choice.op == "step" and choice.implementation == "eager" for choice in eagle.kernel_report())
+    assert torch.rand(3, device="cuda").isfinite().all(), "the failed capture left the generator unusable"
     handle.remove()
+    optimize_eagle_with_triton(eagle)
+    assert torch.equal(eagle.generate(ids, max_new_tokens=40), wanted)
+    assert any(choice.op == "step" and choice.implementation == "captured" for choice in eagle.kernel_report())
 
 
 def test_too_large_a_run_is_refused_with_figures_and_the_next_call_is_right() -> None:

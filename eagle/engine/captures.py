@@ -97,6 +97,7 @@ class Captures:
         return {"capture": True, "pool": self._pool, "stream": self._stream}
 
     def _refused(self, what: str, run: Run, error: RuntimeError, required: bool) -> str:
+        self._pool = self._stream = None  # what a failed capture took from the pool never comes back to it
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if required:
             raise UnsupportedModelError(

@@ -40,9 +40,19 @@ def captured(
             body()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # thread_local: what other threads do on the device meanwhile is their own affair
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        result = body()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    generator = torch.cuda.default_generators[index]
+    state = generator.get_state()
+    try:
+        # thread_local: what other threads do on the device meanwhile is their own affair
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            result = body()
+    except RuntimeError:
+        # A capture that fails leaves the device's generator waiting for its end: every later draw would raise.
+        fresh = torch.Generator(device=device)
+        fresh.set_state(state)
+        generator.graphsafe_set_state(fresh.graphsafe_get_state())
+        raise
     return graph, result
 
 
