@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shlex
 import sys
@@ -10,10 +11,14 @@ from typing import Annotated
 
 import typer
 
+from eagle.commands.console import choose_tree
 from eagle.commands.measuring import headline, open_for_bench
 from eagle.commands.options import (
     MODEL_DEFAULT,
     PAPER_TREE,
+    TREE_DEFAULT,
+    DraftDtype,
+    DraftDtypeOption,
     DraftOption,
     Dtype,
     Kernels,
@@ -33,13 +38,19 @@ def equality(
     limit: Annotated[int | None, typer.Option("--limit", help="Only the first N prompts.")] = None,
     max_new_tokens: NewTokensOption = 256,
     tree: Annotated[
-        list[str] | None, typer.Option("--tree", metavar="TOTAL,DEPTH,TOPK", help=f"Repeatable. Default: {PAPER_TREE}.")
+        list[str] | None,
+        typer.Option(
+            "--tree",
+            metavar="TOTAL,DEPTH,TOPK",
+            help=f"Repeatable; auto: the fastest here. Default: {PAPER_TREE}.",
+        ),
     ] = None,
     batch: Annotated[list[int] | None, typer.Option("--batch", help="Repeatable. Default: 1.")] = None,
     prefix: Annotated[
         int, typer.Option("--prefix", help="Lengthen each prompt to so many tokens by text before it.")
     ] = 0,
     kernels: KernelsOption = Kernels.auto,
+    draft_dtype: DraftDtypeOption = DraftDtype.same,
     dtype: Annotated[list[Dtype] | None, typer.Option("--dtype", help="Repeatable. Default: auto.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="A file for the results as JSON.")] = None,
 ) -> None:
@@ -58,19 +69,25 @@ def equality(
         from eagle.model.ops import TreeShape
         from eagle.model.triton_kernels import optimize_eagle_with_triton
 
-        optimize_eagle_with_triton(loaded, kernels=kernels.value)
+        optimize_eagle_with_triton(loaded, kernels=kernels.value, draft_dtype=draft_dtype.setting)
         print(headline(model, loaded), flush=True)
         tokenizer, raw = loaded.get_tokenizer(), not has_template(loaded.get_tokenizer())
         ids = [encode_prompt(tokenizer, prompt.text, raw=raw) for prompt in chosen]
         if prefix:
             filler = [token for row in ids for token in row]
             ids = [lengthened(row, filler, prefix) for row in ids]
-        shapes = [TreeShape(*parse_tree(text)) for text in trees]
+        if TREE_DEFAULT in trees:
+            choose_tree(loaded)
+        shapes = [
+            loaded.tree_shape if text == TREE_DEFAULT and loaded.captures_steps else TreeShape(*parse_tree(text))
+            for text in trees
+        ]
         results = compare(loaded, ids, max_new_tokens, shapes, batch or [1], told=lambda row: print(row, flush=True))
         name = str(loaded.target.feature_dtype).removeprefix("torch.")
         found += [{"dtype": name, "prefix": prefix} | result.to_json() for result in results]
         origin = provenance(loaded.device)
         del loaded
+        gc.collect()  # fused weights lie in cycles, and the next dtype's model needs the memory
     if out is not None:
         command = shlex.join(["eagle", *sys.argv[1:]])
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -75,13 +75,14 @@ def open_model(
         raise InvalidInputError(f"the model {location.base} has no tokenizer; add tokenizer.json and its config to it")
     loaded.told = lambda line: note(line)
     optimize_eagle_with_triton(loaded, kernels=kernels.value, draft_dtype=draft_dtype.setting)
-    if tree == TREE_DEFAULT and loaded.device.type == "cuda":
+    if tree == TREE_DEFAULT:
         choose_tree(loaded)
     return loaded, draft_lines(loaded, location)
 
 
 def choose_tree(model: EaModel) -> None:
-    """Set the tree that is fastest here: measured once for a model, head and GPU, then remembered."""
+    """Set the tree that is fastest here: measured once for a model, head and GPU, then remembered. Where steps are not
+    captured, which makes measuring slow and trees alike, the model's tree stays."""
     from rich.console import Console
 
     from eagle.bench.prompts import read_prompts
@@ -89,6 +90,8 @@ def choose_tree(model: EaModel) -> None:
     from eagle.engine.tree_choice import choice_key, measure_trees, remember, remembered
     from eagle.model.embedded import cache_folder
 
+    if not model.captures_steps:
+        return
     key = choice_key(model)
     shape = remembered(cache_folder(), key)
     if shape is None:
@@ -96,9 +99,11 @@ def choose_tree(model: EaModel) -> None:
         texts = [prompt.text for prompt in read_prompts()][:: 24 // TREE_PROMPTS]
         rows = [encode_prompt(tokenizer, text, raw=not has_template(tokenizer)) for text in texts]
         told, model.told = model.told, None
-        with Console(stderr=True).status("Measuring draft trees, once for this model and GPU") as status:
-            found = measure_trees(model, rows, told=lambda figures: status.update(f"Measuring draft trees: {figures}"))
-        model.told = told
+        try:
+            with Console(stderr=True).status("Measuring draft trees, once for this model and GPU") as status:
+                found = measure_trees(model, rows, told=lambda figures: status.update(f"Measuring trees: {figures}"))
+        finally:
+            model.told = told
         shape = found[0].shape
         remember(cache_folder(), key, shape)
         note(f"fastest draft tree here: {found[0]}; remembered")

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +90,7 @@ def measure_trees(
                 told(figures)
     finally:
         model.set_tree(before.total_token, before.depth, before.top_k)
+        model.drop_captures()  # a capture for each candidate, of which one will be wanted
     return sorted(found, key=lambda figures: -figures.tokens_per_second)
 
 
@@ -108,7 +110,8 @@ def choice_key(model: EaModel) -> dict[str, Any]:
         "dtype": str(model.target.feature_dtype),
         "head": head,
         "engine": asdict(model.engine),
-        "version": eagle.__version__,
+        "kernels": [f"{choice.op} {choice.when} {choice.implementation}" for choice in model.kernel_report()],
+        "versions": [eagle.__version__, torch.__version__, _version("triton")],
     }
 
 
@@ -131,6 +134,13 @@ def remember(folder: Path, key: dict[str, Any], shape: TreeShape) -> None:
     part = path.with_suffix(f".{os.getpid()}.part")
     part.write_text(json.dumps({**asdict(shape), "key": key}, indent=1), encoding="utf-8")
     part.replace(path)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _path(folder: Path, key: dict[str, Any]) -> Path:

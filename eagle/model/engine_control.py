@@ -33,6 +33,16 @@ class EngineControl:
         return self._session.settings
 
     @property
+    def captures_steps(self) -> bool:
+        """Whether steps are replayed from a CUDA graph, as far as is known before the first one."""
+        return self._session.replays
+
+    def drop_captures(self) -> None:
+        """Give back what was captured; the next generation captures anew. Not while a generation is open."""
+        with self._session.exclusive():
+            self._session.captures.drop()
+
+    @property
     def engine_trouble(self) -> str | None:
         """Why the last attempt at fusing or capturing failed; None if it did not. Configuring again tries again."""
         captures = self._session.captures
