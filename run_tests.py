@@ -16,12 +16,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+MOST_WORKERS = 4
+"""Processes that run tests side by side: each holds torch, and on a GPU its own context."""
+
 HERE = Path(__file__).resolve().parent
 VENV = HERE / ".venv"
 REPORT = "--detailed-report"
 KERNEL_TESTS = "test_triton_*.py"
 MODULES = ("torch", "transformers", "safetensors", "huggingface_hub", "gguf", "accelerate", "filelock", "platformdirs")
-MODULES += ("rich", "typer", "pytest", "pytest_timeout", "hypothesis", "scipy", "matplotlib")
+MODULES += ("rich", "typer", "pytest", "pytest_timeout", "xdist", "hypothesis", "scipy", "matplotlib")
 FIND_MISSING = "import importlib.util as u, sys; print(*[m for m in sys.argv[1:] if u.find_spec(m) is None])"
 SEES_GPU = "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 1)"
 
@@ -78,6 +81,13 @@ def run(*command: str) -> int:
     return subprocess.run(command, cwd=HERE, check=False).returncode
 
 
+def side_by_side(arguments: list[str]) -> list[str]:
+    """pytest's arguments for running tests in several processes, unless the user's say how, or ask for a debugger."""
+    workers = min(MOST_WORKERS, os.cpu_count() or 1)
+    own = any(argument.startswith(("-n", "--numprocesses", "--pdb", "--trace", "-s")) for argument in arguments)
+    return [] if own or workers == 1 else ["-n", str(workers)]
+
+
 def main(arguments: list[str]) -> int:
     """Find or make an interpreter that can run the tests, and run them."""
     python = sys.executable
@@ -91,14 +101,15 @@ def main(arguments: list[str]) -> int:
         environment.setdefault("TRITON_INTERPRET", "1")
     if REPORT in arguments:
         return detailed_report(python, [argument for argument in arguments if argument != REPORT], environment)
-    return subprocess.run([python, "-m", "pytest", *arguments], cwd=HERE, env=environment, check=False).returncode
+    command = [python, "-m", "pytest", *side_by_side(arguments), *arguments]
+    return subprocess.run(command, cwd=HERE, env=environment, check=False).returncode
 
 
 def detailed_report(python: str, arguments: list[str], environment: dict[str, str]) -> int:
     """The kernels' tests, then their report. Arguments after `--` are the report's, those before it pytest's."""
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     tests = sorted(str(path.relative_to(HERE)) for path in (HERE / "tests").glob(KERNEL_TESTS))
-    command = [python, "-m", "pytest", *tests, *arguments[:cut]]
+    command = [python, "-m", "pytest", *side_by_side(arguments[:cut]), *tests, *arguments[:cut]]
     if subprocess.run(command, cwd=HERE, env=environment, check=False).returncode:
         print("error: a test is red, so no timing is reported", file=sys.stderr)
         return 1

@@ -22,7 +22,8 @@ if not torch.cuda.is_available():
 
 from tiny import seeded
 
-torch.set_num_threads(max(1, min(2, torch.get_num_threads())))
+# Beside other workers, threads of one's own only get in the way.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else max(1, min(2, torch.get_num_threads())))
 
 
 @pytest.fixture(autouse=True)
