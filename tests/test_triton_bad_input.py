@@ -17,7 +17,6 @@ pytest.importorskip("triton")
 from eagle.model import triton_kernels
 from eagle.model.ops import Acceptance, Candidates, DecodeState, DraftTree, Frontier, Sampling, TreeShape, mask_words
 from eagle.model.tree import empty_candidates
-from eagle.model.triton_kernels import dense
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NO_KERNELS = {"pack_gate_up", "quantize_weight"}
@@ -182,7 +181,7 @@ def test_sizes_beyond_a_kernel_are_named(name: str, arguments: Callable[[], list
 
 @pytest.mark.parametrize(("index", "words"), [(1, r"rows .* from 0 to 2"), (2, r"tokens .* from 0 to 4")])
 def test_debug_mode_reads_the_draft_inputs_indices(index: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense, "DEBUG", True)
+    monkeypatch.setenv("EAGLE_DEBUG", "1")
     arguments = GOOD["draft_input"]()
     call("draft_input", arguments)
     for wrong in (-1, 7):

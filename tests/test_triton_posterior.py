@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from eagle.model import verify
 from eagle.model.ops import Acceptance, DecodeState, DraftTree, Sampling
 from eagle.model.tree import ancestor_words, root_only
-from eagle.model.triton_kernels import dense, posterior, sampling
+from eagle.model.triton_kernels import posterior, sampling
 from eagle.model.triton_kernels.posterior import evaluate_posterior, evaluate_posterior_seeded
 from eagle.model.triton_kernels.sampling import DrawConfig, draw_keys, philox_uniforms
 from eagle.model.triton_kernels.update_inputs import update_inputs, update_inputs_op
@@ -248,7 +248,7 @@ def test_bad_logits(monkeypatch: pytest.MonkeyPatch) -> None:
         evaluate_posterior(logits.double(), tree, 3, Sampling())
     with pytest.raises(ValueError, match=r"seeds is \(2,\) torch.int32"):
         evaluate_posterior_seeded(logits, tree, 3, Sampling(1.0), tree.tokens[:, 0].int(), tree.tokens[:, 0])
-    monkeypatch.setattr(dense, "DEBUG", True)
+    monkeypatch.setenv("EAGLE_DEBUG", "1")
     tree.parents[0, 2] = 4
     with pytest.raises(ValueError, match=r"tree.parents .* expected values from -1 to 3"):
         evaluate_posterior(logits, tree, 3, Sampling())
@@ -340,7 +340,7 @@ def test_bad_state(monkeypatch: pytest.MonkeyPatch) -> None:
         update_inputs(state, accepted, features, eos.int())
     with pytest.raises(ValueError, match=r"out.features and features"):
         update_inputs(state, accepted, features, eos, out=state)
-    monkeypatch.setattr(dense, "DEBUG", True)
+    monkeypatch.setenv("EAGLE_DEBUG", "1")
     accepted.count[0], accepted.nodes[0] = 2, torch.tensor([0, 4, 99, 99])
     update_inputs(state, accepted, features, eos)  # entries beyond the count may be anything
     accepted.nodes[0, 1] = 5

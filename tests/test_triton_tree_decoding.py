@@ -18,7 +18,7 @@ from reference_step import tree_by_loops
 
 from eagle.model import tree as torch_tree
 from eagle.model.ops import Candidates, DraftTree, Frontier, TreeShape, mask_words
-from eagle.model.triton_kernels import dense, tree_decoding
+from eagle.model.triton_kernels import tree_decoding
 
 DEVICE = "cuda" if CUDA else "cpu"
 needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
@@ -163,7 +163,7 @@ def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
         tree_decoding.finish_tree(candidates, root, 23)
     with pytest.raises(ValueError, match=r"root is \(2,\)"):
         tree_decoding.finish_tree(candidates, root.repeat(2), 8)
-    monkeypatch.setattr(dense, "DEBUG", True)
+    monkeypatch.setenv("EAGLE_DEBUG", "1")
     candidates.frontier_index.fill_(21)
     with pytest.raises(ValueError, match=r"frontier_index .* holds 21 to 21; expected values from 0 to 20"):
         tree_decoding.finish_tree(candidates, root, 8)

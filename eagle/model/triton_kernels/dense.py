@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
+from eagle.model.triton_kernels.cache_checks import debugging
 from eagle.model.triton_kernels.rows import check_like
-
-DEBUG = os.environ.get("EAGLE_DEBUG") == "1"
-"""Whether launchers also read values on the host and refuse indices out of range. Slow, and not for graph capture."""
 
 
 def check_dense(x: torch.Tensor, name: str, like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -24,7 +20,7 @@ def check_range(x: torch.Tensor, name: str, low: int, high: int, counts: torch.T
 
     counts: [B], where only the first counts[b] entries of row b of x [B, P] are defined.
     """
-    if not DEBUG:
+    if not debugging():
         return
     if counts is not None:
         x = x[torch.arange(x.shape[1], device=x.device) < counts[:, None]]
