@@ -21,7 +21,7 @@ from eagle.model.drafts import DraftModel
 from eagle.model.fused_draft import FusedDraft
 from eagle.model.ops import Ops, Sampling, TreeShape
 from eagle.model.target import Target
-from eagle.model.triton_kernels.dispatch import decoding_ops
+from eagle.model.triton_kernels.dispatch import decoding_ops, products_by_kernel
 
 MOST_CACHES = 4
 """Batch sizes whose caches are kept; all but the one in use go when memory is short."""
@@ -65,12 +65,12 @@ class Session:
         thread, which would wait forever, raises InvalidInputError. refresh: called first, when the turn has come."""
         with self.exclusive():
             refresh()
-            batch, pad_rows = len(prompts), self.pads_rows
+            batch, pad_rows = len(prompts), self.pads_rows(ops)
             reused = self._common_prefix(prompts) if reuse_prefix else 0
             longest = max(len(prompt) + budget for prompt, budget in zip(prompts, budgets, strict=True))
             needed = slots_needed(longest, shape, speculative, pad_rows)
             try:
-                caches, reused = self._caches_for(batch, needed, reused, shape)
+                caches, reused = self._caches_for(batch, needed, reused, shape, pad_rows)
                 draft = self.draft if speculative else None
                 step_ops = decoding_ops(ops) if self.settings.exact else ops
                 run = Run(self.target, draft, step_ops, shape, sampling, caches, eos, uniforms, pad_rows)
@@ -90,10 +90,9 @@ class Session:
         """Whether steps are replayed from a capture."""
         return self._why_eager() is None
 
-    @property
-    def pads_rows(self) -> bool:
+    def pads_rows(self, ops: Ops) -> bool:
         """Whether target passes are padded to whole tiles, so that a library's products keep each row's bits."""
-        return self.settings.exact and self.target.fused is None
+        return self.settings.exact and (self.target.fused is None or not products_by_kernel(ops))
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -153,7 +152,7 @@ class Session:
         """Captured prompt chunks for `prefill`. They serve one sequence; a batch's rows take turns in a cache of one row,
         so that a row's bits are what they are alone."""
         if run.caches.target.batch > 1:
-            caches, _ = self._caches_for(1, run.caches.slots, 0, shape, key=SCRATCH)
+            caches, _ = self._caches_for(1, run.caches.slots, 0, shape, run.pad_rows, key=SCRATCH)
             run = replace(run, caches=caches)
 
         def chunk(rows: int) -> StaticPrefill | None:
@@ -180,7 +179,7 @@ class Session:
         return max(0, common - 1)
 
     def _caches_for(
-        self, batch: int, slots: int, keep: int, shape: TreeShape, key: int | None = None
+        self, batch: int, slots: int, keep: int, shape: TreeShape, pad_rows: bool, key: int | None = None
     ) -> tuple[Caches, int]:
         """Caches with room for ``slots``: those kept for the batch if they are large enough, else new ones that take over
         the first ``keep`` positions. Returns them and how many positions they hold. key: what to keep them under."""
@@ -203,7 +202,7 @@ class Session:
                 self._let_go(other)
             check_fits(self.target, self.draft, batch, slots, shape)
         if self.replays:
-            most = slots_needed(self.target.context_length, shape, speculative=True, pad_rows=self.pads_rows)
+            most = slots_needed(self.target.context_length, shape, speculative=True, pad_rows=pad_rows)
             slots = roomy_slots(self.target, self.draft, batch, slots, most, shape)
         if self.told is not None:
             need = cache_bytes(self.target, self.draft, batch, slots) / 2**30

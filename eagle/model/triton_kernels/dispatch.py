@@ -186,6 +186,11 @@ def decoding_ops(ops: Ops) -> Ops:
     return ops.replaced(**found) if found else ops
 
 
+def products_by_kernel(ops: Ops) -> bool:
+    """Whether kernels compute all matrix products of a fused model, so that a row's bits don't depend on the others."""
+    return all(isinstance(getattr(ops, op), Served) for op in ("linear", "gate_up_swiglu", "linear_add_rms_norm"))
+
+
 def report(ops: Ops, plan: Plan | None, sizes: Mapping[str, int]) -> list[Choice]:
     """What serves each entry of a table in a run of these sizes, and why. plan: the one in force, if any."""
     found: list[Choice] = []
