@@ -95,11 +95,14 @@ def test_all_parts_of_a_model(pair, tmp_path, capsys):
 
 def test_adding_models_one_by_one(pair, tmp_path, capsys):
     out = ["--out", str(tmp_path), "--parts", "roofline"]
-    assert main([*QUICK, "--models", f"{pair}, no/such/folder", *out]) == 1
+    assert main([*QUICK, "--models", f"{pair}, no/such/folder", *out]) == 2
     assert "no/such/folder" in capsys.readouterr().err
+    assert not (tmp_path / "report.json").exists(), "a name that leads nowhere is refused before anything runs"
+    assert main([*QUICK, "--models", f"{pair}, nobody/nothing", *out]) == 1
+    assert "nobody/nothing" in capsys.readouterr().err
     content = read_content(tmp_path / "report.json")
-    assert "no/such/folder" in content["models"]["no/such/folder"]["error"]
-    assert "no/such/folder" in (tmp_path / "report.md").read_text()
+    assert "nobody/nothing" in content["models"]["nobody/nothing"]["error"]
+    assert "nobody/nothing" in (tmp_path / "report.md").read_text()
     content["models"][str(pair)]["parts"]["generate"] = {"error": "RuntimeError: earlier"}
     (tmp_path / "report.json").write_text(json.dumps(content))
     assert main([*QUICK, "--models", str(pair), "--add", *out]) == 1

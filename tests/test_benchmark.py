@@ -144,7 +144,7 @@ def test_the_command(pair, capsys, tmp_path):
         (["--prompt", " "], "the prompt is empty"),
         (["--tree", "1,2"], "--tree is '1,2'"),
         (["--plot", "bars.xyz"], "expected a file that ends in"),
-        (["--plot", "nowhere/at/all/bars.png"], "does not exist"),
+        (["--plot", "README.md/bars.png"], "folder can't be made"),
         (["--num-run", "x"], "--num-run"),
     ],
 )

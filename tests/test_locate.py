@@ -155,3 +155,11 @@ def test_two_targets():
     with pytest.raises(InvalidInputError, match=r"'org/a'.*'org/b'"):
         locate("org/a", base_model_path="org/b")
     assert locate("org/a", base_model_path="org/a").base == "org/a"
+
+
+def test_names_are_checked_without_building(monkeypatch):
+    monkeypatch.setattr(module, "ensure_embedded", lambda **_: pytest.fail("built"))
+    for name in (DEFAULT_MODEL, "EAGLE-8B", "eagle3-qwen3-8b", "org/name"):
+        module.check_name(name)
+    with pytest.raises(ModelNotFoundError, match="unknown model 'nosuch'"):
+        module.check_name("nosuch")

@@ -87,6 +87,10 @@ def report(
     names = [name for name in (part.strip() for part in models.split(",")) if name]
     if not names:
         raise InvalidInputError("--models names no model; give at least one")
+    from eagle.model.locate import check_name
+
+    for name in names:
+        check_name(name)
     pythons = peer_pythons(peer_python)
     every = read_prompts(None if prompts == BUILT_IN else Path(prompts))
     count = min(limit or (QUICK_PROMPTS if quick else len(every)), len(every))

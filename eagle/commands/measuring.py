@@ -60,10 +60,14 @@ def check_plot(path: Path | None) -> None:
         return
     if path.suffix.lower() not in PLOT_FORMATS:
         raise InvalidInputError(f"--plot is {path}; expected a file that ends in {', '.join(PLOT_FORMATS)}")
-    if not path.absolute().parent.is_dir():
-        raise InvalidInputError(f"--plot is {path}, and the folder {path.parent} does not exist; make it first")
     if importlib.util.find_spec("matplotlib") is None:
         raise InvalidInputError("--plot needs matplotlib, which is not installed: pip install matplotlib")
+    try:
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidInputError(
+            f"--plot is {path}, and its folder can't be made ({error.strerror or error})"
+        ) from error
 
 
 def settings(name: str, draft: str | None, model: EaModel) -> dict[str, Any]:

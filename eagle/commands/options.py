@@ -62,7 +62,7 @@ TreeOption = Annotated[
     typer.Option(
         "--tree",
         metavar="TOTAL,DEPTH,TOPK",
-        help="The draft tree: nodes, passes, branching. auto: on a GPU the fastest, measured once and remembered.",
+        help="The draft tree: nodes, passes, branching. auto: the fastest, on a GPU measured once and remembered.",
     ),
 ]
 KernelsOption = Annotated[
@@ -71,7 +71,9 @@ KernelsOption = Annotated[
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="auto: float32 on a CPU, the checkpoint's own on a GPU.")]
 DraftDtypeOption = Annotated[
     DraftDtype,
-    typer.Option("--draft-dtype", help="Keep the head's weights in one byte a value; the output stays the same."),
+    typer.Option(
+        "--draft-dtype", help="Keep the head's weights in one byte a value; the output stays the same. Pays on a GPU."
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 

@@ -26,6 +26,9 @@ from eagle.model.triton_kernels.dispatch import decoding_ops, products_by_kernel
 MOST_CACHES = 4
 """Batch sizes whose caches are kept; all but the one in use go when memory is short."""
 
+WORTH_SAYING = 1.0
+"""GiB of caches from which on a user is told before they are taken."""
+
 SCRATCH = 0
 """The key of the one-row caches in which the rows of a batch take turns for prefill."""
 
@@ -204,8 +207,8 @@ class Session:
         if self.replays:
             most = slots_needed(self.target.context_length, shape, speculative=True, pad_rows=pad_rows)
             slots = roomy_slots(self.target, self.draft, batch, slots, most, shape)
-        if self.told is not None:
-            need = cache_bytes(self.target, self.draft, batch, slots) / 2**30
+        need = cache_bytes(self.target, self.draft, batch, slots) / 2**30
+        if self.told is not None and need >= WORTH_SAYING:
             self.told(f"taking {need:.2f} GiB for the KV caches of batch {batch}, {slots} positions each")
         try:
             new = Caches(self.target.new_cache(batch, slots), self.draft.new_cache(batch, slots))

@@ -88,6 +88,12 @@ def locate(
     return ModelLocation(base, draft, preset, draft == RANDOM_DRAFT, revision, widen)
 
 
+def check_name(name: str) -> None:
+    """Raise ModelNotFoundError for a name that leads nowhere. Fetches and builds nothing; a hub id is not asked for."""
+    if find_preset(name) is None:
+        _locate_base(name)
+
+
 def no_head(base: str) -> ModelNotFoundError:
     """The error for a target without a head: names the heads known for it."""
     known = " or ".join(preset.draft for preset in heads_for(base)) or "a folder or a hub id"
