@@ -8,7 +8,6 @@ import os
 import platform
 import shutil
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import typer
@@ -16,6 +15,7 @@ import typer
 from eagle import __version__
 from eagle.commands.options import MODEL_DEFAULT, JsonOption
 from eagle.errors import InvalidInputError
+from eagle.versions import installed_version
 
 VARIABLES = "EAGLE_KERNELS and EAGLE_KERNELS_<OP>"
 LEAST = {"torch": (2, 11), "transformers": (5, 17), "triton": (3, 6)}
@@ -122,14 +122,6 @@ def run_report(ops: dict[str, dict[str, str]]) -> tuple[dict[str, str], list[dic
         else "none: by rule ('eagle bench tune' makes one)"
     )
     return {"step": step, "tuned": tuned}, problems
-
-
-def installed_version(distribution: str) -> str | None:
-    """The version of an installed distribution, or None."""
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
 
 
 def version_problems(versions: dict[str, str | None]) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from eagle.commands.console import device_name, note, quiet_libraries
 from eagle.commands.options import Dtype, parse_tree
 from eagle.commands.reply import NO_TEMPLATE, has_template
 from eagle.errors import InvalidInputError
+from eagle.versions import installed_version
 
 if TYPE_CHECKING:
     from eagle.model.ea_model import EaModel
@@ -72,14 +73,6 @@ def check_plot(path: Path | None) -> None:
 
 def settings(name: str, draft: str | None, model: EaModel) -> dict[str, Any]:
     """What was measured where, as JSON values."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    def found(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
     shape = model.tree_shape
     return {
         "model": name,
@@ -89,7 +82,8 @@ def settings(name: str, draft: str | None, model: EaModel) -> dict[str, Any]:
         "device": device_name(model.device),
         "gpu": model.device.type == "cuda",
         "versions": {
-            package: found(package) for package in ("eagle-triton-kernels", "torch", "transformers", "triton")
+            package: installed_version(package)
+            for package in ("eagle-triton-kernels", "torch", "transformers", "triton")
         },
     }
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
 import torch
 
 from eagle.engine.graphs import StaticStep, StepKey
+from eagle.engine.loop import GenerationStats
 from eagle.engine.prefill_graph import BUCKETS, StaticPrefill
 from eagle.engine.state import Caches, Run
 from eagle.errors import UnsupportedModelError
@@ -18,6 +19,8 @@ MOST_CHUNKS = 24
 """Captures kept; the one unused longest goes first. A chunk has five sizes, each with and without the head."""
 
 Told = Callable[[str], None]
+Key = TypeVar("Key", bound=Hashable)
+Made = TypeVar("Made", StaticStep, StaticPrefill)
 
 
 class Captures:
@@ -32,48 +35,45 @@ class Captures:
         self._pool: tuple[int, int] | None = None
         self._stream: torch.cuda.Stream | None = None
 
-    def step(self, run: Run, told: Told | None, *, required: bool) -> StaticStep | None:
+    def step(self, run: Run, stats: GenerationStats, told: Told | None, *, required: bool) -> StaticStep | None:
         """The step for a run, captured if need be; None where it can't be.
 
-        Raises UnsupportedModelError then if it is ``required``.
+        Raises UnsupportedModelError then if it is ``required``. stats: takes the seconds of a capture.
         """
-        key = StepKey.of(run)
-        found = self._steps.pop(key, None)
-        if found is None:
-            batch, kind = run.caches.target.batch, f"tree {run.shape}" if run.draft is not None else "plain decoding"
-            self._tell(told, f"capturing the step for batch {batch}, {kind}")
-            try:
-                found = StaticStep(run, **self._place(run))
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                self.step_reason = self._refused("a step", run, error, required)
-                return None
-            _make_room(self._steps, MOST_STEPS)
-        self._steps[key] = found  # at the end: used last
-        return found
-
-    def chunk(self, run: Run, rows: int, reused: int, told: Told | None, *, required: bool) -> StaticPrefill | None:
-        """A prompt chunk of at least ``rows`` rows, captured if need be; None where there can be none."""
-        if self.prefill_reason is not None:
+        found = _used(self._steps, key := StepKey.of(run))
+        if found is not None or self.step_reason is not None:
+            return found
+        if told is not None:
+            kind = "plain decoding" if run.draft is None else f"tree {run.shape}"
+            told(f"capturing the step for batch {run.caches.target.batch}, {kind}")
+        try:
+            return _kept(self._steps, key, StaticStep(run, **self._place(run)), MOST_STEPS, stats)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.step_reason = self._refused("a step", run, error, required)
             return None
+
+    def chunk(
+        self, run: Run, rows: int, reused: int, stats: GenerationStats, told: Told | None, *, required: bool
+    ) -> StaticPrefill | None:
+        """A prompt chunk of at least ``rows`` rows, captured if need be; None where there can be none. As `step`."""
         rows = next(bucket for bucket in BUCKETS if bucket >= rows)
         key = (rows, id(run.draft) if run.draft is not None else 0, run.target.ops, id(run.caches))
-        found = self._chunks.pop(key, None)
-        if found is None:
-            if reused > run.caches.slots - rows:  # the warm-up would write where a reused prefix lies
-                return None
-            self._tell(told, f"capturing prompts of up to {rows} tokens")
-            try:
-                found = StaticPrefill(run, rows, **self._place(run))
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                self.prefill_reason = self._refused("a prompt's pass", run, error, required)
-                return None
-            _make_room(self._chunks, MOST_CHUNKS)
-        self._chunks[key] = found
-        return found
+        found = _used(self._chunks, key)
+        if found is not None or self.prefill_reason is not None:
+            return found
+        if reused > run.caches.slots - rows:  # the warm-up would write where a reused prefix lies
+            return None
+        if told is not None:
+            told(f"capturing prompts of up to {rows} tokens")
+        try:
+            return _kept(self._chunks, key, StaticPrefill(run, rows, **self._place(run)), MOST_CHUNKS, stats)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.prefill_reason = self._refused("a prompt's pass", run, error, required)
+            return None
 
     def drop(self, caches: Caches | None = None) -> None:
         """Forget all captures, or those bound to ``caches``. Without caches also what could not be captured."""
@@ -106,11 +106,18 @@ class Captures:
         warnings.warn(f"{what} runs one op at a time: the capture failed ({reason})", stacklevel=2)
         return reason
 
-    def _tell(self, told: Told | None, text: str) -> None:
-        if told is not None:
-            told(text)
+
+def _used(kept: dict[Key, Made], key: Key) -> Made | None:
+    """What is kept under ``key``, which goes to the end: used last."""
+    if key in kept:
+        kept[key] = kept.pop(key)
+    return kept.get(key)
 
 
-def _make_room(kept: dict[Any, Any], most: int) -> None:
+def _kept(kept: dict[Key, Made], key: Key, made: Made, most: int, stats: GenerationStats) -> Made:
+    """Keep ``made``, in place of what was unused longest where there are ``most`` already."""
     while len(kept) >= most:
         del kept[next(iter(kept))]
+    kept[key] = made
+    stats.setup_seconds += made.seconds
+    return made

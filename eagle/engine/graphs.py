@@ -16,7 +16,7 @@ import torch
 
 from eagle.engine.state import Run, StaticState, slots_beyond
 from eagle.engine.step import step
-from eagle.model.ops import DecodeState
+from eagle.model.ops import DecodeState, Ops, Sampling, TreeShape
 
 WARM_UPS = 2
 """Passes before the capture: the first compiles kernels and makes library handles, the second finds nothing left to
@@ -64,30 +64,31 @@ RING = 2
 class StepKey:
     """What a captured step is made for. Two calls with equal keys share one capture."""
 
-    batch: int
-    nodes: int
-    rows: int
-    shape: object
-    sampling: object
-    ops: object
-    end_tokens: int
     caches: int  # identity
     draft: int  # identity, 0 without
+    ops: Ops
+    sampling: Sampling
+    shape: TreeShape | None  # None where a plain step does not depend on it
+    pad_rows: bool
+    end_tokens: int
 
     @classmethod
     def of(cls, run: Run) -> StepKey:
         """The key of a call's run."""
         return cls(
-            batch=run.caches.target.batch,
-            nodes=run.nodes,
-            rows=run.rows,
-            shape=run.shape if run.draft is not None or run.pad_rows else None,
-            sampling=run.sampling,
-            ops=run.ops,
-            end_tokens=max(END_TOKENS, run.eos.numel()),
             caches=id(run.caches),
-            draft=id(run.draft) if run.draft is not None else 0,
+            draft=0 if run.draft is None else id(run.draft),
+            ops=run.ops,
+            sampling=run.sampling,
+            shape=None if run.draft is None and not run.pad_rows else run.shape,
+            pad_rows=run.pad_rows,
+            end_tokens=room_for_end_tokens(run.eos),
         )
+
+
+def room_for_end_tokens(eos: torch.Tensor) -> int:
+    """Entries of the static buffer that takes ``eos``."""
+    return max(END_TOKENS, eos.numel())
 
 
 class StaticStep:
@@ -101,7 +102,7 @@ class StaticStep:
         device, batch = run.target.device, run.caches.target.batch
         self._graph: torch.cuda.CUDAGraph | None = None
         with torch.inference_mode(False):  # the buffers outlive a caller's inference mode, and are written after it
-            eos = torch.full((max(END_TOKENS, run.eos.numel()),), -1, dtype=torch.int64, device=device)
+            eos = torch.full((room_for_end_tokens(run.eos),), -1, dtype=torch.int64, device=device)
             uniforms = None
             if run.uniforms is not None:
                 uniforms = torch.zeros(batch, run.caches.slots + run.path, dtype=run.uniforms.dtype, device=device)
@@ -118,8 +119,10 @@ class StaticStep:
         """Take over a call's end tokens and uniforms. Returns the run to prefill with, at this step's addresses."""
         self.run.eos.fill_(-1)
         self.run.eos[: run.eos.numel()].copy_(run.eos)
-        if self.run.uniforms is not None and run.uniforms is not None:
-            count = min(self.run.uniforms.shape[1], run.uniforms.shape[1])
+        if self.run.uniforms is not None:
+            count = min(
+                self.run.uniforms.shape[1], run.uniforms.shape[1]
+            )  # a plain step draws fewer than a tree's path
             self.run.uniforms[:, :count].copy_(run.uniforms[:, :count])
         return self.run
 

@@ -73,6 +73,7 @@ def decode(
             steps = StaticSteps(static, state)
         stats.prefill_seconds = time.perf_counter() - started - (stats.setup_seconds - setup)
         running = [True] * len(prompts)
+        started, waited = time.perf_counter(), 0.0
         while True:
             for row, tokens in enumerate(new):
                 produced[row] += tokens
@@ -83,16 +84,15 @@ def decode(
             stats.new_tokens += sum(map(len, new))
             # The draft's pairs of the newest tokens are not written yet, so its cache ends that much earlier.
             reusable = lengths[0] - len(new[0]) + 1
-            if steps.ahead and not stats.steps:
-                started = time.perf_counter()
             while queued < steps.ahead and not all(done):
                 steps.queue(max(lengths))
                 queued += 1
+            handed = time.perf_counter()
             yield new
             if all(done):
                 return
-            if not steps.ahead:
-                started = time.perf_counter()
+            if not steps.ahead:  # steps ahead run on while the caller has the floor
+                waited += time.perf_counter() - handed
             while queued < 1 + steps.ahead:
                 steps.queue(max(lengths))
                 queued += 1
@@ -100,9 +100,7 @@ def decode(
             new, done = steps.read()
             queued -= 1
             stats.steps += 1
-            # Steps ahead run on while the caller has the floor: only the clock on the wall is right for them.
-            spent = time.perf_counter() - started
-            stats.decode_seconds = spent if steps.ahead else stats.decode_seconds + spent
+            stats.decode_seconds = time.perf_counter() - started - waited
     finally:
         # Also after an interruption: a step writes at and beyond what was committed before it.
         if len(prompts) == 1 and run.draft is not None and reusable:

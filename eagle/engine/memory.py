@@ -22,8 +22,8 @@ def cache_bytes(target: Target, draft: DraftModel | FusedDraft, batch: int, slot
     return sum(layer.bytes for layer in [*target.layer_shapes, *draft.layer_shapes]) * batch * slots
 
 
-def step_bytes(target: Target, batch: int, shape: TreeShape) -> int:
-    """The largest tensors of a step: logits twice (a sampled step makes a float32 copy), and the layers' activations."""
+def pass_bytes(target: Target, batch: int, shape: TreeShape) -> int:
+    """The largest tensors of a target pass: logits twice (a sampled step copies them to float32), layers' activations."""
     rows = batch * padded_rows(shape)
     width = target.spec.hidden_size
     size = target.feature_dtype.itemsize
@@ -46,7 +46,7 @@ def check_fits(target: Target, draft: DraftModel | FusedDraft, batch: int, slots
     free = free_bytes(target.device)
     if free is None or len({layer.device for layer in target.layer_shapes}) > 1:
         return
-    need = cache_bytes(target, draft, batch, slots) + step_bytes(target, batch, shape)
+    need = cache_bytes(target, draft, batch, slots) + pass_bytes(target, batch, shape)
     if need + RESERVE > free:
         raise too_large(target, draft, batch, slots, shape, free)
 
@@ -60,7 +60,7 @@ def too_large(
     free: int | None = None,
 ) -> OutOfMemoryError:
     """The error for a run that does not fit, with what would help most named first."""
-    caches, rest = cache_bytes(target, draft, batch, slots), step_bytes(target, batch, shape)
+    caches, rest = cache_bytes(target, draft, batch, slots), pass_bytes(target, batch, shape)
     there = "more than is free" if free is None else f"and {free / GIB:.1f} GiB are free"
     lower = "max_new_tokens, max_length or the batch" if caches >= rest else "the tree's total_token or the batch"
     return OutOfMemoryError(
@@ -80,7 +80,7 @@ def roomy_slots(
     rounded = max(slots, min(max(1024, 1 << (slots - 1).bit_length()), most))
     need = cache_bytes(target, draft, batch, rounded)
     total = torch.cuda.get_device_properties(target.device).total_memory
-    fits = need * 8 <= total and need + step_bytes(target, batch, shape) + RESERVE <= free
+    fits = need * 8 <= total and need + pass_bytes(target, batch, shape) + RESERVE <= free
     return rounded if fits else slots
 
 

@@ -10,9 +10,8 @@ from dataclasses import replace
 import torch
 
 from eagle.engine.captures import Captures
-from eagle.engine.graphs import StaticStep
 from eagle.engine.loop import GenerationStats, decode
-from eagle.engine.memory import cache_bytes, check_fits, free_bytes, is_out_of_memory, roomy_slots, too_large
+from eagle.engine.memory import GIB, cache_bytes, check_fits, free_bytes, is_out_of_memory, roomy_slots, too_large
 from eagle.engine.prefill_graph import StaticPrefill
 from eagle.engine.settings import EngineSettings
 from eagle.engine.state import Caches, Run, slots_needed
@@ -77,11 +76,12 @@ class Session:
                 draft = self.draft if speculative else None
                 step_ops = decoding_ops(ops) if self.settings.exact else ops
                 run = Run(self.target, draft, step_ops, shape, sampling, caches, eos, uniforms, pad_rows)
-                static = self._static_step(run, stats) if self.replays else None
-                chunks = None
+                static = chunks = None
+                if self.replays:
+                    static = self.captures.step(run, stats, self.told, required=self.settings.engine == "captured")
                 if static is not None:
                     run = static.prepare(run)
-                    chunks = self._chunks(run, shape, reused, stats)
+                    chunks = self._chunks(run, reused, stats)
                 yield from decode(run, prompts, budgets, stats, reused, static, chunks)
             except torch.OutOfMemoryError as error:
                 self.forget()
@@ -142,31 +142,14 @@ class Session:
             return f"the capture failed: {self.captures.step_reason}"
         return None
 
-    def _static_step(self, run: Run, stats: GenerationStats) -> StaticStep | None:
-        known = self.captures.steps()
-        found = self.captures.step(run, self.told, required=self.settings.engine == "captured")
-        if found is not None and found not in known:
-            stats.setup_seconds += found.seconds
-        return found
-
-    def _chunks(
-        self, run: Run, shape: TreeShape, reused: int, stats: GenerationStats
-    ) -> Callable[[int], StaticPrefill | None]:
+    def _chunks(self, run: Run, reused: int, stats: GenerationStats) -> Callable[[int], StaticPrefill | None]:
         """Captured prompt chunks for `prefill`. They serve one sequence; a batch's rows take turns in a cache of one row,
         so that a row's bits are what they are alone."""
         if run.caches.target.batch > 1:
-            caches, _ = self._caches_for(1, run.caches.slots, 0, shape, run.pad_rows, key=SCRATCH)
+            caches, _ = self._caches_for(1, run.caches.slots, 0, run.shape, run.pad_rows, key=SCRATCH)
             run = replace(run, caches=caches)
-
-        def chunk(rows: int) -> StaticPrefill | None:
-            known = len(self.captures._chunks)
-            required = self.settings.engine == "captured"
-            found = self.captures.chunk(run, rows, reused, self.told, required=required)
-            if found is not None and len(self.captures._chunks) > known:
-                stats.setup_seconds += found.seconds
-            return found
-
-        return chunk
+        required = self.settings.engine == "captured"
+        return lambda rows: self.captures.chunk(run, rows, reused, stats, self.told, required=required)
 
     def _common_prefix(self, prompts: list[list[int]]) -> int:
         """Positions of a single prompt whose keys lie in both caches and stay valid. The last common one is run again:
@@ -207,7 +190,7 @@ class Session:
         if self.replays:
             most = slots_needed(self.target.context_length, shape, speculative=True, pad_rows=pad_rows)
             slots = roomy_slots(self.target, self.draft, batch, slots, most, shape)
-        need = cache_bytes(self.target, self.draft, batch, slots) / 2**30
+        need = cache_bytes(self.target, self.draft, batch, slots) / GIB
         if self.told is not None and need >= WORTH_SAYING:
             self.told(f"taking {need:.2f} GiB for the KV caches of batch {batch}, {slots} positions each")
         try:

@@ -12,12 +12,12 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eagle.errors import InvalidInputError
 from eagle.model.ops import TreeShape
+from eagle.versions import installed_version
 
 if TYPE_CHECKING:
     from eagle.model.ea_model import EaModel
@@ -111,7 +111,7 @@ def choice_key(model: EaModel) -> dict[str, Any]:
         "head": head,
         "engine": asdict(model.engine),
         "kernels": [f"{choice.op} {choice.when} {choice.implementation}" for choice in model.kernel_report()],
-        "versions": [eagle.__version__, torch.__version__, _version("triton")],
+        "versions": [eagle.__version__, torch.__version__, installed_version("triton")],
     }
 
 
@@ -134,13 +134,6 @@ def remember(folder: Path, key: dict[str, Any], shape: TreeShape) -> None:
     part = path.with_suffix(f".{os.getpid()}.part")
     part.write_text(json.dumps({**asdict(shape), "key": key}, indent=1), encoding="utf-8")
     part.replace(path)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _path(folder: Path, key: dict[str, Any]) -> Path:

@@ -88,9 +88,9 @@ class EngineControl:
         current, before = self._session.draft, self._session.settings
         wanted_fused = settings.fused != "off"
         same = (settings.fused, settings.draft_dtype) == (before.fused, before.draft_dtype)
-        whole = (self.target.fused is not None) == (wanted_fused and self._unfusable is None)
+        whole = (self.target.fused is not None) == wanted_fused
         usable = not isinstance(current, FusedDraft) or bool(current.layers)
-        if same and whole and usable and not anew and self._unfusable is None:
+        if same and whole and usable and not anew:
             return current
         if isinstance(current, FusedDraft):
             current.release()

@@ -32,6 +32,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from eagle.model.triton_kernels import norm
 from eagle.model.triton_kernels.linear_config import BLOCK_M, LinearConfig, choose, device_traits
 from eagle.model.triton_kernels.linear_kernels import add_norm_kernel, product_kernel, reduce_kernel
+from eagle.model.triton_kernels.overlap import overlaps
 from eagle.model.triton_kernels.quantize import LARGEST
 from eagle.model.triton_kernels.rows import as_rows, check_float, check_like, check_vector
 
@@ -115,7 +116,7 @@ def linear_add_rms_norm(
     partial = _run(x, weight, bias, scale, None, None, 0.0, config, total, swiglu=False, parts_only=True)
     if partial is not None:
         rows, shape = as_rows(residual, "residual"), norm.norm_config(n)
-        hopper = _hopper(x)
+        hopper = overlaps(x)
         with torch.cuda.device_of(x):
             add_norm_kernel[(rows.shape[0],)](
                 partial,
@@ -154,10 +155,6 @@ def _config(
 def _aligned(x: torch.Tensor) -> bool:
     """Whether the copy engine can read x [rows, K]."""
     return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-
-
-def _hopper(x: torch.Tensor) -> bool:
-    return x.is_cuda and device_traits(x.device).capability >= (9, 0)
 
 
 def _check(
@@ -225,7 +222,7 @@ def _run(
     partial = x.new_empty((split_k, m, n), dtype=torch.float32) if split_k > 1 or parts_only else None
     block_m = FEW_ROWS if config.swap and weight.element_size() == 1 and m <= FEW_ROWS else BLOCK_M
     grid = (triton.cdiv(m, block_m), triton.cdiv(n, config.block_n), split_k)
-    hopper = _hopper(x)
+    hopper = overlaps(x)
     with torch.cuda.device_of(x):
         product_kernel[grid](
             rows,
