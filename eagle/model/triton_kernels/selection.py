@@ -101,9 +101,10 @@ FLASH_LIMITS = (
 
 MEASURED: dict[str, dict[str, tuple[Bound, ...]]] = {"NVIDIA H100": {}}
 """Bounds by measurement, in place of `UNMEASURED`: a part of the GPU's name → op → bounds. An op with no entry is
-served by its kernel at every size; a bound of -1 gives every call to PyTorch. On an H100 every kernel is the faster one
-at all sizes within `LIMITS` (docs/benchmarks/h100/kernels.md), prompts' attention included: 176 µs against SDPA's 220 for
-512 rows after 8,192 positions of SmolLM2-135M, 551 against 752 for Llama-3.1-8B."""
+served by its kernel at every size; a bound of -1 gives every call to PyTorch. On an H100 the kernels are the faster
+ones in bfloat16 within `LIMITS` (docs/benchmarks/h100), prompts' attention included: 176 µs against SDPA's 220 for 512 rows
+after 8,192 positions of SmolLM2-135M, 551 against 752 for Llama-3.1-8B. float32 products take 1.2 to 2.4 times the library's
+time (IEEE, no tensor cores) and serve all the same: only they give a row of a tree the bits it has alone."""
 
 CASES: dict[str, dict[str, dict[str, int]]] = {
     "attention": {"decoding and trees": {"causal_rows": 1}, "prompts": {"causal_rows": 512}},
