@@ -26,6 +26,8 @@ def test_every_way_is_compared() -> None:
     ]  # fmt: skip
     assert all(row.equal == row.prompts == 5 and row.tokens == 75 and not row.partings for row in found)
     assert found[0].accept_length > 1.0 == found[-1].accept_length
+    assert all(row.step_ms > 0 for row in found)
+    assert f"{found[0].step_ms:.2f} ms a step" in str(found[0])
     assert model.tree_shape == before
 
 
@@ -33,10 +35,10 @@ def test_a_difference_is_placed(monkeypatch) -> None:
     original = equality._decode
 
     def wrong(model, rows, new, batch, *, speculative):
-        outputs, lengths = original(model, rows, new, batch, speculative=speculative)
+        outputs, *figures = original(model, rows, new, batch, speculative=speculative)
         if speculative:
             outputs[2][6] ^= 1
-        return outputs, lengths
+        return outputs, *figures
 
     monkeypatch.setattr(equality, "_decode", wrong)
     (result,) = compare(tiny_eagle(), prompts(), 15, SHAPES[:1])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import tiny_draft, tiny_eagle, tiny_target
 
-from eagle.bench.step_profile import KernelTime, StepProfile, markdown, profile_step, short_name
+from eagle.bench.step_profile import KernelTime, StepProfile, covered, markdown, profile_step, short_name
 from eagle.errors import InvalidInputError
 from eagle.model.ea_model import EaModel
 from eagle.model.triton_kernels import optimize_eagle_with_triton
@@ -58,5 +60,14 @@ def test_a_real_step(speculative: bool) -> None:
     captured = profile_step(eagle, [3, 4], 40, speculative=speculative)
     assert (eager.engine, captured.engine) == ("eager", "captured")
     assert eager.replay_ms is None
-    assert 0 < captured.busy_ms <= 1.05 * captured.replay_ms
+    for profile in (eager, captured):
+        assert 0 < profile.busy_ms <= 1.001e-3 * sum(kernel.microseconds for kernel in profile.table)
+        assert profile.kernels == pytest.approx(sum(kernel.calls for kernel in profile.table))
+    assert "product_kernel" in {kernel.name.lstrip("_") for kernel in captured.table}
     assert captured.kernels < eager.kernels
+
+
+@given(spans=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), max_size=12))
+def test_covered_counts_each_moment_once(spans: list[tuple[int, int]]) -> None:
+    spans = [(start, start + length) for start, length in spans]
+    assert covered(spans) == len({moment for start, end in spans for moment in range(start, end)})

@@ -1,4 +1,5 @@
-"""Is greedy EAGLE output plain decoding's, token for token? Over prompts, trees, batch sizes and prefix lengths.
+"""Is greedy EAGLE output plain decoding's, token for token, and what does a step take? Over prompts, trees, batch sizes
+and prefix lengths.
 
 Plain decoding of each prompt alone is the reference. Everything else is compared with it: each tree, alone and in batches,
 and plain decoding in batches.
@@ -27,6 +28,8 @@ class Equality:
     prompts: int
     tokens: int
     accept_length: float
+    step_ms: float
+    """Decoding time of all runs ÷ their steps: without prefill and captures."""
     partings: dict[int, int]
     """For each prompt that differs, counted from 1: the first new token that does, counted from 1."""
 
@@ -42,7 +45,7 @@ class Equality:
         parted = "".join(f"; prompt {number} parts at token {where}" for number, where in self.partings.items())
         return (
             f"{self.name}, batch {self.batch}: {self.equal} of {self.prompts} equal, {self.tokens} tokens, "
-            f"accept length {self.accept_length:.2f}{parted}"
+            f"accept length {self.accept_length:.2f}, {self.step_ms:.2f} ms a step{parted}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -59,7 +62,7 @@ def compare(
 ) -> list[Equality]:
     """Decode ``prompts`` every way and compare. The model's tree is left as it was. Raises what `EaModel.stream` does."""
     check_prompts(model, prompts)
-    reference, _ = _decode(model, prompts, max_new_tokens, 1, speculative=False)
+    reference, *_ = _decode(model, prompts, max_new_tokens, 1, speculative=False)
     found = []
     before = model.tree_shape
     try:
@@ -69,7 +72,7 @@ def compare(
                     continue  # the reference itself
                 if shape is not None:
                     model.set_tree(shape.total_token, shape.depth, shape.top_k)
-                rows, lengths = _decode(model, prompts, max_new_tokens, batch, speculative=shape is not None)
+                rows, lengths, step_ms = _decode(model, prompts, max_new_tokens, batch, speculative=shape is not None)
                 pairs = enumerate(zip(rows, reference, strict=True), start=1)
                 parted = {number: parting(one, other) for number, (one, other) in pairs}
                 result = Equality(
@@ -78,6 +81,7 @@ def compare(
                     len(prompts),
                     sum(map(len, rows)),
                     sum(lengths) / max(1, len(lengths)),
+                    step_ms,
                     {number: where + 1 for number, where in parted.items() if where is not None},
                 )
                 found.append(result)
@@ -95,16 +99,19 @@ def lengthened(prompt: list[int], filler: list[int], length: int) -> list[int]:
 
 def _decode(
     model: EaModel, prompts: list[list[int]], max_new_tokens: int, batch: int, *, speculative: bool
-) -> tuple[list[list[int]], list[int]]:
+) -> tuple[list[list[int]], list[int], float]:
     rows: list[list[int]] = []
     lengths: list[int] = []
+    seconds, steps = 0.0, 0
     for begin in range(0, len(prompts), batch):
         group = prompts[begin : begin + batch]
         outputs: list[list[int]] = [[] for _ in group]
-        with closing(model.stream(group, max_new_tokens=max_new_tokens, speculative=speculative)) as steps:
-            for new in steps:
+        with closing(model.stream(group, max_new_tokens=max_new_tokens, speculative=speculative)) as stream:
+            for new in stream:
                 for row, tokens in zip(outputs, new, strict=True):
                     row += tokens
-        lengths += model.last_stats.accept_lengths
+        stats = model.last_stats
+        lengths += stats.accept_lengths
+        seconds, steps = seconds + stats.decode_seconds, steps + stats.steps
         rows += outputs
-    return rows, lengths
+    return rows, lengths, 1e3 * seconds / max(1, steps)

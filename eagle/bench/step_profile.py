@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd import DeviceType
 
 from eagle.errors import InvalidInputError
 
@@ -33,7 +34,8 @@ class KernelTime:
 @dataclass(frozen=True)
 class StepProfile:
     """Milliseconds of a step. ``loop_ms``: in a generation, from result to result; ``replay_ms``: captured steps back to
-    back, None without a capture; ``busy_ms``: the sum of its kernels."""
+    back, None without a capture; ``busy_ms``: at least one kernel runs. Dependent launches overlap, so the table's
+    times may add up to more."""
 
     speculative: bool
     engine: str
@@ -80,21 +82,23 @@ def markdown(profile: StepProfile, rows: int = 16) -> list[str]:
     """The profile as a Markdown table under one line of totals."""
     kind = "EAGLE" if profile.speculative else "plain"
     replay = "" if profile.replay_ms is None else f"{profile.replay_ms:.3f} ms back to back, "
+    total = sum(kernel.microseconds for kernel in profile.table)
     lines = [
         f"{kind}, {profile.engine}: {profile.loop_ms:.3f} ms a step in a generation, {replay}"
-        f"{profile.busy_ms:.3f} ms in {profile.kernels:.0f} kernels; idle between steps {profile.idle_share:.1%}",
+        f"{profile.kernels:.0f} kernels keep the GPU busy for {profile.busy_ms:.3f} ms and take {total / 1e3:.3f} ms one "
+        f"by one; idle between steps {profile.idle_share:.1%}",
         "",
         "| kernel | calls | µs a call | µs a step | share |",
         "|---|---|---|---|---|",
     ]
     for kernel in profile.table[:rows]:
         each = kernel.microseconds / kernel.calls
-        share = kernel.microseconds / (1e3 * profile.busy_ms)
+        share = kernel.microseconds / total
         lines.append(f"| {kernel.name} | {kernel.calls:.0f} | {each:.1f} | {kernel.microseconds:.0f} | {share:.1%} |")
     rest = profile.table[rows:]
     if rest:
         calls, spent = sum(kernel.calls for kernel in rest), sum(kernel.microseconds for kernel in rest)
-        lines.append(f"| {len(rest)} others | {calls:.0f} | | {spent:.0f} | {spent / (1e3 * profile.busy_ms):.1%} |")
+        lines.append(f"| {len(rest)} others | {calls:.0f} | | {spent:.0f} | {spent / total:.1%} |")
     return lines
 
 
@@ -109,19 +113,31 @@ def _profiled(model: EaModel, work: Any, steps: int) -> tuple[Any, int]:
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         work()
         torch.cuda.synchronize(model.device)
-    return found.key_averages(), steps
+    return found.events(), steps
 
 
 def _summed(events: Any, steps: int) -> tuple[float, float, tuple[KernelTime, ...]]:
     calls: dict[str, float] = defaultdict(float)
     spent: dict[str, float] = defaultdict(float)
+    spans = []
     for event in events:
-        if event.device_time_total > 0:
-            name = short_name(event.key)
-            calls[name] += event.count / steps
-            spent[name] += event.device_time_total / steps
+        start, end = event.time_range.start, event.time_range.end  # microseconds
+        if event.device_type is not DeviceType.CPU and end > start:
+            name = short_name(event.name)
+            calls[name] += 1 / steps
+            spent[name] += (end - start) / steps
+            spans.append((start, end))
     table = tuple(KernelTime(name, calls[name], spent[name]) for name in sorted(spent, key=lambda name: -spent[name]))
-    return sum(spent.values()) / 1e3, sum(calls.values()), table
+    return covered(spans) / 1e3 / steps, sum(calls.values()), table
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """The length of the union of the spans (start, end)."""
+    length, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        length += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return length
 
 
 def short_name(kernel: str) -> str:

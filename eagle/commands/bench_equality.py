@@ -51,6 +51,12 @@ def equality(
     ] = 0,
     kernels: KernelsOption = Kernels.auto,
     draft_dtype: DraftDtypeOption = DraftDtype.same,
+    exact: Annotated[
+        bool, typer.Option(help="Bit-equal rows whatever the batch and the tree; --no-exact: what is fastest.")
+    ] = True,
+    fused: Annotated[
+        bool, typer.Option(help="Llama-like targets through packed weights; --no-fused: their own modules.")
+    ] = True,
     dtype: Annotated[list[Dtype] | None, typer.Option("--dtype", help="Repeatable. Default: auto.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="A file for the results as JSON.")] = None,
 ) -> None:
@@ -62,6 +68,7 @@ def equality(
         check_flags(text, kernels, max_new_tokens)
     chosen = read_prompts(prompts, limit)
     found = []
+    settings = {"model": model, "prefix": prefix, "exact": exact, "fused": fused, "draft_dtype": draft_dtype.value}
     for kind in dtype or [Dtype.auto]:
         loaded = open_for_bench(model, draft, trees[0], kind)
         from eagle.bench.equality import compare, lengthened
@@ -69,7 +76,13 @@ def equality(
         from eagle.model.ops import TreeShape
         from eagle.model.triton_kernels import optimize_eagle_with_triton
 
-        optimize_eagle_with_triton(loaded, kernels=kernels.value, draft_dtype=draft_dtype.setting)
+        optimize_eagle_with_triton(
+            loaded,
+            kernels=kernels.value,
+            fused="auto" if fused else "off",
+            exact=exact,
+            draft_dtype=draft_dtype.setting,
+        )
         print(headline(model, loaded), flush=True)
         tokenizer, raw = loaded.get_tokenizer(), not has_template(loaded.get_tokenizer())
         ids = [encode_prompt(tokenizer, prompt.text, raw=raw) for prompt in chosen]
@@ -84,7 +97,7 @@ def equality(
         ]
         results = compare(loaded, ids, max_new_tokens, shapes, batch or [1], told=lambda row: print(row, flush=True))
         name = str(loaded.target.feature_dtype).removeprefix("torch.")
-        found += [{"dtype": name, "prefix": prefix} | result.to_json() for result in results]
+        found += [settings | {"dtype": name} | result.to_json() for result in results]
         origin = provenance(loaded.device)
         del loaded
         gc.collect()  # fused weights lie in cycles, and the next dtype's model needs the memory
