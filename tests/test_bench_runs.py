@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import tiny_draft, tiny_eagle, tiny_target
 
-from eagle.bench.runs import check_prompts, measure, parting, percentile
+from eagle.bench.runs import check_prompts, measure, parting, percentile, warmups
 from eagle.errors import InvalidInputError
 from eagle.model.ea_model import EaModel
 
@@ -156,3 +156,11 @@ def test_memory_on_a_gpu_holds_the_weights():
     assert found.peak_memory_bytes >= sum(weight.numel() * weight.element_size() for weight in target.parameters())
     assert found.peak_memory_bytes <= torch.cuda.max_memory_allocated()
     assert found.new_tokens == 2 * 3 * 9
+
+
+def test_warm_ups_cover_batch_sizes_and_lengths() -> None:
+    alone = [[[1] * length] for length in (3, 30, 33, 64, 65, 2, 40)]
+    last = [[[1] * 9, [1] * 5]]
+    assert [[len(row) for row in group] for group in warmups(alone + last, by_length=False)] == [[9, 5], [65]]
+    lengths = [[len(row) for row in group] for group in warmups(alone + last, by_length=True)]
+    assert lengths == [[9, 5], [65], [64], [30], [3], [2]]

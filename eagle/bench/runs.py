@@ -104,8 +104,8 @@ def measure(
 ) -> RunFigures:
     """Run every prompt ``repeats`` times, ``batch`` at a time, and clock it.
 
-    warmup: runs beforehand that don't count, of the prompts with the longest among them (and as often for a last, smaller
-    batch), so that later ones find memory and whatever is compiled or captured. eos_token_id: end tokens in place of the
+    warmup: runs beforehand that don't count, as `warmups` chooses them, each so often, so that later ones find memory and
+    whatever is compiled or captured. eos_token_id: end tokens in place of the
     model's own, () for none. Raises InvalidInputError for counts below 1 (warmup: below 0) and what `EaModel.stream`
     refuses, naming a prompt too long for the model's context.
     """
@@ -119,8 +119,8 @@ def measure(
     options["seed"] = None if sampling.greedy else seed
     options["eos_token_id"] = None if eos_token_id is None else tuple(eos_token_id)
     devices = _devices(model)
-    sizes = sorted({len(group) for group in groups}, reverse=True)
-    total, done = len(sizes) * warmup + len(groups) * repeats, 0
+    first = warmups(groups, by_length=model.captures_steps) * warmup
+    total, done = len(first) + len(groups) * repeats, 0
 
     def run(group: list[list[int]]) -> _Run:
         nonlocal done
@@ -129,14 +129,10 @@ def measure(
             told(done, total)
         return found
 
-    runs: list[list[_Run]] = []
     _reset_peak(devices)
-    for size in sizes:
-        alike = [group for group in groups if len(group) == size]
-        longest = max(alike, key=lambda group: max(map(len, group)))
-        for _ in range(warmup):
-            run(longest)
-        runs += [[run(group) for _ in range(repeats)] for group in alike]
+    for group in first:
+        run(group)
+    runs = [[run(group) for _ in range(repeats)] for group in groups]
     path = model.tree_shape.path if speculative else 1
     outputs = tuple(tuple(row) for repeated in runs for row in repeated[0].rows)
     repeatable = all(run.rows == repeated[0].rows for repeated in runs for run in repeated)
@@ -152,6 +148,16 @@ def measure(
         peak_memory_bytes=_peak(devices),
         **_figures(flat, path),
     )
+
+
+def warmups(groups: list[list[list[int]]], *, by_length: bool) -> list[list[list[int]]]:
+    """For each batch size among the groups, largest first, the group with the longest prompt; ``by_length``: one for
+    each power of two of that length too, since chunks of a prompt are captured by their size."""
+    found: dict[tuple[int, int], list[list[int]]] = {}
+    for group in sorted(groups, key=lambda group: (len(group), max(map(len, group))), reverse=True):
+        length = max(map(len, group))
+        found.setdefault((len(group), (length - 1).bit_length() if by_length else 0), group)
+    return list(found.values())
 
 
 def check_prompts(model: EaModel, prompts: list[list[int]]) -> None:
