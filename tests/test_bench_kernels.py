@@ -29,6 +29,7 @@ from eagle.commands.bench_kernels import row_line, tuned_line
 from eagle.errors import InvalidInputError
 from eagle.model.triton_kernels import linear_config, tuned_table
 from eagle.model.triton_kernels.linear_config import DeviceTraits, LinearConfig, choose, fits, rule
+from eagle.model.triton_kernels.selection import OPS as SEAM
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -67,6 +68,11 @@ def test_cases_cover_what_is_promised():
         (128256, 4096),
         (32000, 4096),
     ]
+
+
+@pytest.mark.parametrize("op", SEAM)
+def test_every_op_of_a_step_is_measured(op):
+    assert any(part == op or part.startswith(f"{op}_") for part in PARTS)
 
 
 def test_selection_and_order():

@@ -12,7 +12,8 @@ from eagle.engine.state import Caches, Run, slots_needed
 from eagle.engine.step import step
 from eagle.errors import InvalidInputError
 from eagle.model.drafts import DraftCall, DraftModel
-from eagle.model.fused_draft import WEIGHT_DTYPES, FusedDraft
+from eagle.model.fused_draft import FusedDraft
+from eagle.model.fused_weights import WEIGHT_DTYPES
 from eagle.model.fused_support import Unfusable
 from eagle.model.fused_target import fuse_target
 from eagle.model.ops import Sampling, TreeShape

@@ -51,6 +51,16 @@ def test_refuses_what_does_not_fit() -> None:
         draft_positions(kv_len, kv_len.int(), TreeShape(2, 1, 1))
 
 
+@pytest.mark.parametrize(("length", "new"), [(1, 9), (9, 5), (9, -1), (-5, -2), (3, 4)])
+def test_debug_mode_reads_the_lengths(length: int, new: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, kv_len, count = TreeShape(8, 2, 3), *torch.tensor([[4, length, 0], [4, new, 0]], device=DEVICE)
+    draft_positions(kv_len, count, shape)
+    monkeypatch.setenv("EAGLE_DEBUG", "1")
+    with pytest.raises(ValueError, match=rf"0 to the path's 4 rows and to kv_len; got kv_len \[4, {length}, 0\]"):
+        draft_positions(kv_len, count, shape)
+    draft_positions(kv_len[::2].contiguous(), count[::2].contiguous(), shape)
+
+
 def test_registered() -> None:
     kv_len, count = torch.tensor([[9, 20], [3, 0]], device=DEVICE)
     torch.library.opcheck(torch.ops.eagle.draft_positions.default, (kv_len, count, 3, 4))

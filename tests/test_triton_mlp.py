@@ -86,6 +86,8 @@ def test_refusals_name_the_shapes() -> None:
         swiglu(x, x.half())
     with pytest.raises(ValueError, match=r"\(2, 5\)"):
         swiglu_packed(x[:, :5])
+    with pytest.raises(ValueError, match=r"gate_up is \(\); expected \[..., 2 I\]"):
+        swiglu_packed(x[0, 0])
     with pytest.raises(ValueError, match="contiguous last dimension"):
         swiglu(x.T, x.T)
 

@@ -254,6 +254,30 @@ def test_bad_logits(monkeypatch: pytest.MonkeyPatch) -> None:
         evaluate_posterior(logits, tree, 3, Sampling())
 
 
+@pytest.mark.parametrize("wrong", [-0.5, 1.0, 2.0, float("nan"), float("inf")])
+def test_debug_mode_reads_the_uniforms(wrong: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree, logits = random_tree(2, 4, 10, torch.Generator()), torch.randn(2, 4, 10, device=DEVICE)
+    monkeypatch.setenv("EAGLE_DEBUG", "1")
+    uniforms = torch.rand(2, 3, device=DEVICE)
+    uniforms[0, 0] = 0.0
+    evaluate_posterior(logits, tree, 3, Sampling(0.8), uniforms)
+    uniforms[1, 2] = wrong
+    with pytest.raises(ValueError, match=r"uniforms must lie in \[0, 1\)"):
+        evaluate_posterior(logits, tree, 3, Sampling(0.8), uniforms)
+    evaluate_posterior(logits, tree, 3, Sampling(), uniforms)  # greedy reads none
+
+
+def test_debug_mode_reads_the_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
+    tree, logits = random_tree(2, 4, 10, torch.Generator()), torch.randn(2, 4, 10, device=DEVICE)
+    seeds = torch.tensor([-(2**40), 7], device=DEVICE)
+    monkeypatch.setenv("EAGLE_DEBUG", "1")
+    for most in (0, 2**31 - 3):
+        evaluate_posterior_seeded(logits, tree, 3, Sampling(0.8), seeds, torch.tensor([0, most], device=DEVICE))
+    for wrong in (-1, -1000, 2**31 - 2):
+        with pytest.raises(ValueError, match=rf"offsets must lie .*\[0, {wrong}\]"):
+            evaluate_posterior_seeded(logits, tree, 3, Sampling(0.8), seeds, torch.tensor([0, wrong], device=DEVICE))
+
+
 def random_state(batch: int, generator: torch.Generator, path: int) -> DecodeState:
     def whole(high: int) -> torch.Tensor:
         return torch.randint(0, high, (batch,), generator=generator).to(DEVICE)

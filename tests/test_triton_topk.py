@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import relative_error
 
+from eagle.model import tree
 from eagle.model.triton_kernels.topk import TopKConfig, topk_config, topk_log_softmax, topk_log_softmax_op
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -120,6 +121,14 @@ def test_the_configuration_depends_on_no_rows() -> None:
 def test_bad_input(logits: torch.Tensor, k: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         topk_log_softmax(logits.to(DEVICE), k)
+
+
+@pytest.mark.parametrize("k", [0, -1, 50, 70])
+def test_the_pytorch_op_refuses_as_much(k: int) -> None:
+    with pytest.raises(ValueError, match=rf"k is {k} for logits \(2, 49\); expected 1 to 49"):
+        tree.topk_log_softmax(torch.randn(2, 49, device=DEVICE), k)
+    with pytest.raises(ValueError, match=r"logits is \(49,\); expected \[R, V\]"):
+        tree.topk_log_softmax(torch.randn(49, device=DEVICE), 3)
 
 
 def test_registered_operator() -> None:

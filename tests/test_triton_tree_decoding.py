@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -163,6 +164,12 @@ def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
         tree_decoding.finish_tree(candidates, root, 23)
     with pytest.raises(ValueError, match=r"root is \(2,\)"):
         tree_decoding.finish_tree(candidates, root.repeat(2), 8)
+    for field, wrong in (("scores", log_probs[0, 0, 0]), ("scores", log_probs[0, 0]), ("frontier_index", root[0])):
+        flat = replace(candidates, **{field: wrong})
+        with pytest.raises(ValueError, match=r"expected \[B, C\] and \[B, depth, K\]"):
+            tree_decoding.grow_tree(flat, None, 0, log_probs, tokens)
+        with pytest.raises(ValueError, match=r"expected \[B, C\] and \[B, depth, K\]"):
+            tree_decoding.finish_tree(flat, root, 8)
     monkeypatch.setenv("EAGLE_DEBUG", "1")
     candidates.frontier_index.fill_(21)
     with pytest.raises(ValueError, match=r"frontier_index .* holds 21 to 21; expected values from 0 to 20"):

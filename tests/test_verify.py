@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 
@@ -90,6 +91,24 @@ def test_greedy_walk_follows_the_argmax_only() -> None:
 def test_sampling_needs_uniforms() -> None:
     with pytest.raises(ValueError, match=r"needs uniforms \[B, 4\]"):
         evaluate_posterior(torch.zeros(1, len(PARENTS), VOCAB), toy_tree(1), 4, Sampling(1.0))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"temperature": math.inf}, "temperature is inf"),
+        ({"top_p": -1.0}, "top_p is -1.0"),
+        ({"top_p": 2.0}, "top_p is 2.0"),
+        ({"top_p": math.nan}, "top_p is nan"),
+        ({"top_k": -5}, "top_k is -5"),
+        ({"top_k": 2.5}, "top_k is 2.5"),
+    ],
+)
+def test_sampling_that_is_none_is_refused(values: dict[str, float], words: str) -> None:
+    with pytest.raises(ValueError, match=f"^{words}; expected"):
+        Sampling(**{"temperature": 0.8} | values)
 
 
 @pytest.mark.parametrize(

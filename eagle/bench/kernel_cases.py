@@ -90,6 +90,8 @@ PARTS: dict[str, tuple[str, ...]] = {
     "evaluate_posterior_greedy": (),
     "evaluate_posterior_sampled": (),
     "update_inputs": (),
+    "draft_input": (),
+    "draft_positions": (),
     "gate_up_swiglu": ("gate_up",),
     "linear_add_rms_norm": ("o", "down"),
     "linear_int8": ("gate_up", "qkv", "down"),

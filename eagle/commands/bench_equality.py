@@ -17,7 +17,6 @@ from eagle.commands.options import (
     MODEL_DEFAULT,
     PAPER_TREE,
     TREE_DEFAULT,
-    DraftDtype,
     DraftDtypeOption,
     DraftOption,
     Dtype,
@@ -25,6 +24,8 @@ from eagle.commands.options import (
     KernelsOption,
     ModelOption,
     NewTokensOption,
+    TargetDtypeOption,
+    WeightDtype,
     check_flags,
     parse_tree,
 )
@@ -50,7 +51,8 @@ def equality(
         int, typer.Option("--prefix", help="Lengthen each prompt to so many tokens by text before it.")
     ] = 0,
     kernels: KernelsOption = Kernels.auto,
-    draft_dtype: DraftDtypeOption = DraftDtype.same,
+    draft_dtype: DraftDtypeOption = WeightDtype.same,
+    target_dtype: TargetDtypeOption = WeightDtype.same,
     exact: Annotated[
         bool, typer.Option(help="Bit-equal rows whatever the batch and the tree; --no-exact: what is fastest.")
     ] = True,
@@ -68,7 +70,14 @@ def equality(
         check_flags(text, kernels, max_new_tokens)
     chosen = read_prompts(prompts, limit)
     found = []
-    settings = {"model": model, "prefix": prefix, "exact": exact, "fused": fused, "draft_dtype": draft_dtype.value}
+    settings = {
+        "model": model,
+        "prefix": prefix,
+        "exact": exact,
+        "fused": fused,
+        "draft_dtype": draft_dtype.value,
+        "target_dtype": target_dtype.value,
+    }
     for kind in dtype or [Dtype.auto]:
         loaded = open_for_bench(model, draft, trees[0], kind)
         from eagle.bench.equality import compare, lengthened
@@ -82,6 +91,7 @@ def equality(
             fused="auto" if fused else "off",
             exact=exact,
             draft_dtype=draft_dtype.setting,
+            target_dtype=target_dtype.setting,
         )
         print(headline(model, loaded), flush=True)
         tokenizer, raw = loaded.get_tokenizer(), not has_template(loaded.get_tokenizer())

@@ -25,7 +25,6 @@ from eagle.commands.measuring import (
 from eagle.commands.options import (
     MODEL_DEFAULT,
     TREE_DEFAULT,
-    DraftDtype,
     DraftDtypeOption,
     DraftOption,
     Dtype,
@@ -35,7 +34,9 @@ from eagle.commands.options import (
     KernelsOption,
     ModelOption,
     NewTokensOption,
+    TargetDtypeOption,
     TreeOption,
+    WeightDtype,
     check_flags,
 )
 from eagle.commands.reply import encode_prompt
@@ -67,7 +68,8 @@ def generate(
     kernels: KernelsOption = Kernels.auto,
     tree: TreeOption = TREE_DEFAULT,
     dtype: DtypeOption = Dtype.auto,
-    draft_dtype: DraftDtypeOption = DraftDtype.same,
+    draft_dtype: DraftDtypeOption = WeightDtype.same,
+    target_dtype: TargetDtypeOption = WeightDtype.same,
     quick: Annotated[
         bool, typer.Option("--quick", help=f"{QUICK_PROMPTS} of the prompts, at most {QUICK_TOKENS} new tokens.")
     ] = False,
@@ -89,7 +91,9 @@ def generate(
     from eagle.bench.generate import measure_prompts
     from eagle.model.triton_kernels import optimize_eagle_with_triton
 
-    optimize_eagle_with_triton(loaded, kernels=kernels.value, draft_dtype=draft_dtype.setting)
+    optimize_eagle_with_triton(
+        loaded, kernels=kernels.value, draft_dtype=draft_dtype.setting, target_dtype=target_dtype.setting
+    )
     tokenizer, raw = loaded.get_tokenizer(), is_raw(loaded)
     ids = [encode_prompt(tokenizer, prompt.text, raw=raw) for prompt in chosen]
     if loaded.device.type != "cuda":
@@ -104,6 +108,7 @@ def generate(
         "num_runs": num_runs,
         "kernels": kernels.value,
         "draft_dtype": draft_dtype.value,
+        "target_dtype": target_dtype.value,
     }
     values = settings(model, draft, loaded) | asked | report.to_json()
     heading = [

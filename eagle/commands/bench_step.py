@@ -12,7 +12,6 @@ from eagle.commands.measuring import open_for_bench
 from eagle.commands.options import (
     MODEL_DEFAULT,
     PAPER_TREE,
-    DraftDtype,
     DraftDtypeOption,
     DraftOption,
     Dtype,
@@ -20,7 +19,9 @@ from eagle.commands.options import (
     Kernels,
     KernelsOption,
     ModelOption,
+    TargetDtypeOption,
     TreeOption,
+    WeightDtype,
     check_flags,
 )
 from eagle.commands.reply import encode_prompt, has_template
@@ -31,7 +32,8 @@ def step(
     draft: DraftOption = None,
     tree: TreeOption = PAPER_TREE,
     dtype: DtypeOption = Dtype.auto,
-    draft_dtype: DraftDtypeOption = DraftDtype.same,
+    draft_dtype: DraftDtypeOption = WeightDtype.same,
+    target_dtype: TargetDtypeOption = WeightDtype.same,
     prompt: Annotated[str, typer.Option("--prompt", help="What is answered.")] = "Explain how a bicycle stays upright.",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Length of the reply.")] = 128,
     kernels: KernelsOption = Kernels.auto,
@@ -52,7 +54,9 @@ def step(
     found = []
     for switched in (False, True) if before else (True,):
         if switched:
-            optimize_eagle_with_triton(loaded, kernels=kernels.value, draft_dtype=draft_dtype.setting)
+            optimize_eagle_with_triton(
+                loaded, kernels=kernels.value, draft_dtype=draft_dtype.setting, target_dtype=target_dtype.setting
+            )
         for speculative in (True, False):
             profile = profile_step(loaded, ids, max_new_tokens, speculative=speculative)
             found.append(profile)

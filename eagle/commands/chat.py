@@ -13,7 +13,6 @@ from eagle.commands.generate import summary
 from eagle.commands.options import (
     MODEL_DEFAULT,
     TREE_DEFAULT,
-    DraftDtype,
     DraftDtypeOption,
     DraftOption,
     Dtype,
@@ -23,10 +22,12 @@ from eagle.commands.options import (
     ModelOption,
     NewTokensOption,
     SeedOption,
+    TargetDtypeOption,
     TemperatureOption,
     TopKOption,
     TopPOption,
     TreeOption,
+    WeightDtype,
     check_flags,
     sampling_of,
 )
@@ -110,13 +111,14 @@ def chat(
     tree: TreeOption = TREE_DEFAULT,
     kernels: KernelsOption = Kernels.auto,
     dtype: DtypeOption = Dtype.auto,
-    draft_dtype: DraftDtypeOption = DraftDtype.same,
+    draft_dtype: DraftDtypeOption = WeightDtype.same,
+    target_dtype: TargetDtypeOption = WeightDtype.same,
     system: Annotated[str | None, typer.Option("--system", help="A system message.")] = None,
 ) -> None:
     """Talk with a model; type /help inside."""
     check_flags(tree, kernels, max_new_tokens)
     settings = ReplySettings(max_new_tokens, sampling_of(temperature, top_p, top_k), seed)
-    loaded, notes = open_model(model, draft, tree, kernels, dtype, draft_dtype)
+    loaded, notes = open_model(model, draft, tree, kernels, dtype, draft_dtype, target_dtype)
     if not has_template(loaded.get_tokenizer()):
         raise InvalidInputError(f"the model {model} has no chat template, which a chat needs; use eagle generate --raw")
     note(*notes)

@@ -7,7 +7,7 @@ import sys
 import warnings
 from typing import TYPE_CHECKING
 
-from eagle.commands.options import TREE_DEFAULT, DraftDtype, Dtype, Kernels, check_kernels, parse_tree
+from eagle.commands.options import TREE_DEFAULT, Dtype, Kernels, WeightDtype, check_kernels, parse_tree
 from eagle.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ def open_model(
     tree: str,
     kernels: Kernels,
     dtype: Dtype = Dtype.auto,
-    draft_dtype: DraftDtype = DraftDtype.same,
+    draft_dtype: WeightDtype = WeightDtype.same,
+    target_dtype: WeightDtype = WeightDtype.same,
 ) -> tuple[EaModel, list[str]]:
     """Load a target and its head. → the model, and notes for the user, to be shown once nothing can be refused.
 
@@ -74,7 +75,9 @@ def open_model(
     if loaded.get_tokenizer() is None:
         raise InvalidInputError(f"the model {location.base} has no tokenizer; add tokenizer.json and its config to it")
     loaded.told = lambda line: note(line)
-    optimize_eagle_with_triton(loaded, kernels=kernels.value, draft_dtype=draft_dtype.setting)
+    optimize_eagle_with_triton(
+        loaded, kernels=kernels.value, draft_dtype=draft_dtype.setting, target_dtype=target_dtype.setting
+    )
     if tree == TREE_DEFAULT:
         choose_tree(loaded)
     return loaded, draft_lines(loaded, location)

@@ -12,7 +12,6 @@ from eagle.commands.console import note, open_model
 from eagle.commands.options import (
     MODEL_DEFAULT,
     TREE_DEFAULT,
-    DraftDtype,
     DraftDtypeOption,
     DraftOption,
     Dtype,
@@ -23,10 +22,12 @@ from eagle.commands.options import (
     ModelOption,
     NewTokensOption,
     SeedOption,
+    TargetDtypeOption,
     TemperatureOption,
     TopKOption,
     TopPOption,
     TreeOption,
+    WeightDtype,
     check_flags,
     sampling_of,
 )
@@ -61,7 +62,8 @@ def generate(
     tree: TreeOption = TREE_DEFAULT,
     kernels: KernelsOption = Kernels.auto,
     dtype: DtypeOption = Dtype.auto,
-    draft_dtype: DraftDtypeOption = DraftDtype.same,
+    draft_dtype: DraftDtypeOption = WeightDtype.same,
+    target_dtype: TargetDtypeOption = WeightDtype.same,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also decode plainly; print the speed-up and whether the outputs agree.")
     ] = False,
@@ -79,7 +81,7 @@ def generate(
         seed = secrets.randbelow(1 << 31)  # both runs must draw the same numbers
     settings = ReplySettings(max_new_tokens, sampling, seed, tuple(stop or ()))
 
-    loaded, notes = open_model(model, draft, tree, kernels, dtype, draft_dtype)
+    loaded, notes = open_model(model, draft, tree, kernels, dtype, draft_dtype, target_dtype)
     tokenizer = loaded.get_tokenizer()
     if not raw and not has_template(tokenizer):
         raw = True

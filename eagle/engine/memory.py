@@ -51,6 +51,19 @@ def check_fits(target: Target, draft: DraftModel | FusedDraft, batch: int, slots
         raise too_large(target, draft, batch, slots, shape, free)
 
 
+def check_room_for_copies(target: Target, dtype: str) -> None:
+    """Raise OutOfMemoryError if one-byte copies of the target's weights don't fit beside it. Like `check_fits`."""
+    free = free_bytes(target.device)
+    if free is None or len({layer.device for layer in target.layer_shapes}) > 1:
+        return
+    need = sum(parameter.numel() for parameter in target.model.parameters())
+    if need + RESERVE > free:
+        raise OutOfMemoryError(
+            f"target_dtype {dtype} needs {need / GIB:.1f} GiB beside the model's own weights, and {free / GIB:.1f} GiB are "
+            "free; leave it out, or load a model that is quantised already"
+        )
+
+
 def too_large(
     target: Target,
     draft: DraftModel | FusedDraft,

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eagle.engine.loop import GenerationStats
 from eagle.engine.session import Session
-from eagle.engine.settings import FormerEngine
 from eagle.engine.stop import StopStrings, until_stopped
 from eagle.errors import InvalidInputError
 from eagle.model.drafts import DraftModel
@@ -23,6 +22,7 @@ from eagle.model.loading import ignored_settings, load_pair, load_tokenizer
 from eagle.model.locate import locate, no_head
 from eagle.model.ops import Ops, Sampling
 from eagle.model.reference_api import ReferenceMethods
+from eagle.model.switch import Switch
 from eagle.model.target import Target
 from eagle.model.torch_ops import TORCH_OPS
 from eagle.model.triton_kernels.dispatch import largest_heads, report
@@ -63,7 +63,7 @@ class EaModel(EngineControl, ReferenceMethods):
         self._session = Session(self.target, self.ea_layer)
         self._unfusable: str | None = None
         self._seen: tuple[object, ...] = ()
-        self.former_engines: list[FormerEngine] = []
+        self.switches: list[Switch] = []
         self.set_tree(2 if total_token == -1 else total_token, depth, top_k)
         if total_token == -1:
             self.set_tree(self._fastest_total_token(), depth, top_k)
@@ -153,10 +153,10 @@ class EaModel(EngineControl, ReferenceMethods):
             "nodes": tree.total_token,
             "path": tree.path,
         }
-        steps = Choice("step", *self._session.engine_choice())
+        steps, fused = Choice("step", *self._session.engine_choice()), self.target.fused
         route = (
-            ("fused", "a Llama-like target")
-            if self.target.fused is not None
+            ("fused", "a Llama-like target" + (f", its weights as {fused.dtype}" if fused.dtype else ""))
+            if fused is not None
             else ("modules", self._unfusable or "as loaded")
         )
         target = Choice("target", *route)

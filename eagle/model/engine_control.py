@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import nn
 from transformers import PreTrainedModel
 
+from eagle.engine.memory import check_room_for_copies
 from eagle.engine.session import Session
 from eagle.engine.settings import EngineSettings
 from eagle.errors import EagleError, UnsupportedModelError
@@ -87,7 +88,7 @@ class EngineControl:
         """Fuse or unfuse the target as asked, and return the head that goes with it."""
         current, before = self._session.draft, self._session.settings
         wanted_fused = settings.fused != "off"
-        same = (settings.fused, settings.draft_dtype) == (before.fused, before.draft_dtype)
+        same = _weights(settings) == _weights(before)
         whole = (self.target.fused is not None) == wanted_fused
         usable = not isinstance(current, FusedDraft) or bool(current.layers)
         if same and whole and usable and not anew:
@@ -96,7 +97,7 @@ class EngineControl:
             current.release()
         if anew or not wanted_fused:
             self.target.unfuse()
-        self._unfusable = self._fuse(required=settings.fused == "on") if wanted_fused else None
+        self._unfusable = self._fuse(settings) if wanted_fused else None
         if settings.fused == "off" and settings.draft_dtype is None:
             return self.ea_layer
         return self._fused_draft(settings.draft_dtype, settings.fused == "on" or settings.draft_dtype is not None)
@@ -109,15 +110,25 @@ class EngineControl:
                 raise UnsupportedModelError(f"the head can't be fused: {error}; leave fused at 'auto'") from error
             return self.ea_layer
 
-    def _fuse(self, required: bool) -> str | None:
+    def _fuse(self, settings: EngineSettings) -> str | None:
         """Fuse the target. Returns why it can't be, where that is allowed."""
+        if settings.target_dtype is not None and self.target.fused is None:
+            check_room_for_copies(self.target, settings.target_dtype)
         try:
-            fuse_target(self.target)
+            fuse_target(self.target, settings.target_dtype)
         except Unfusable as error:
-            if required:
+            if settings.target_dtype is not None:
+                raise UnsupportedModelError(
+                    f"target_dtype is {settings.target_dtype!r}, and the target can't be fused: {error}; leave it out"
+                ) from error
+            if settings.fused == "on":
                 raise UnsupportedModelError(f"the target can't be fused: {error}; leave fused at 'auto'") from error
             return str(error)
         return None
+
+
+def _weights(settings: EngineSettings) -> tuple[str | None, ...]:
+    return settings.fused, settings.draft_dtype, settings.target_dtype
 
 
 def fingerprint(*models: nn.Module) -> tuple[object, ...]:

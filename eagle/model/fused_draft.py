@@ -8,19 +8,23 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from eagle.errors import InvalidInputError
 from eagle.model.draft_config import DraftConfig
 from eagle.model.drafts import DraftCall, DraftLayer, DraftModel, Norm
 from eagle.model.fused_layer import FusedLayer, LayerPass
 from eagle.model.fused_support import Unfusable, is_plain_linear
-from eagle.model.fused_weights import NormWeight, PackedWeights, Product, QuantizedWeights, packing, release
+from eagle.model.fused_weights import (
+    NormWeight,
+    PackedWeights,
+    Product,
+    QuantizedWeights,
+    one_byte_dtype,
+    packing,
+    release,
+)
 from eagle.model.kv_cache import KVCache, LayerShape
 from eagle.model.layers import taken
 from eagle.model.ops import Ops
 from eagle.model.rope_table import RopeTable
-
-WEIGHT_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-FP8_CAPABILITY = (8, 9)
 
 
 class FusedDraft:
@@ -42,7 +46,7 @@ class FusedDraft:
                 self._weights = weights
                 self._build(weights)
         else:
-            self._build(QuantizedWeights(_weight_dtype(dtype, draft.fc.weight.device)))
+            self._build(QuantizedWeights(one_byte_dtype("draft_dtype", dtype, draft.fc.weight.device)))
         self._final = None if draft.norm is None else _norm(draft.norm)
         self.target_ids = draft.target_ids
         self._rope = RopeTable(draft.rope, draft.fc.weight.device)
@@ -201,12 +205,3 @@ def _fused_layer(layer: DraftLayer, weights: PackedWeights | QuantizedWeights) -
 
 def _norm(module: Norm) -> NormWeight:
     return NormWeight(module.weight, module.eps)
-
-
-def _weight_dtype(name: str, device: torch.device) -> torch.dtype:
-    if name not in WEIGHT_DTYPES:
-        raise InvalidInputError(f"draft_dtype is {name!r}; expected None, {' or '.join(map(repr, WEIGHT_DTYPES))}")
-    if name == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
-        found = torch.cuda.get_device_name(device)
-        raise InvalidInputError(f"draft_dtype is 'fp8', which needs compute capability 8.9; {found} has less: use int8")
-    return WEIGHT_DTYPES[name]

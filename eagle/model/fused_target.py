@@ -12,38 +12,60 @@ from torch import nn
 
 from eagle.model.fused_layer import FusedLayer, LayerPass
 from eagle.model.fused_support import check_fusable, norm_weight
-from eagle.model.fused_weights import NormWeight, PackedWeights, packing, release
+from eagle.model.fused_weights import (
+    NormWeight,
+    PackedWeights,
+    Product,
+    QuantizedWeights,
+    one_byte_dtype,
+    packing,
+    release,
+)
 from eagle.model.kv_cache import KVCache
 from eagle.model.ops import Ops
 from eagle.model.rope_table import RopeTable
 from eagle.model.target import Target
 
 
-def fuse_target(target: Target) -> FusedTarget:
-    """Have ``target`` run by the fused route from now on; `Target.unfuse` undoes it. Raises Unfusable, saying why.
+def fuse_target(target: Target, dtype: str | None = None) -> FusedTarget:
+    """Have ``target`` run by the fused route from now on; `Target.unfuse` undoes it. dtype: see `FusedTarget`.
 
-    Called again, it does nothing unless the model's weights have been put elsewhere since (`FusedTarget.intact`).
+    Called again with the same dtype, it does nothing unless the model's weights have been put elsewhere since
+    (`FusedTarget.intact`). Raises what `FusedTarget` raises.
     """
-    if target.fused is not None and not target.fused.intact():
+    if target.fused is not None and not (target.fused.dtype == dtype and target.fused.intact()):
         target.unfuse()
     if target.fused is None:
-        target.fused = FusedTarget(target)
+        target.fused = FusedTarget(target, dtype)
     return target.fused
 
 
 class FusedTarget:
-    """A target's layers over packed weights (`fused_weights`). Raises Unfusable."""
+    """A target's layers over packed weights (`fused_weights`).
 
-    def __init__(self, target: Target) -> None:
+    dtype: None packs the model's own weights in place; "int8" or "fp8" reads one-byte copies of the products, rounded by
+    output channel, beside the model's own. Raises Unfusable for a target whose layers are others, and InvalidInputError
+    for another dtype or a GPU without it.
+    """
+
+    def __init__(self, target: Target, dtype: str | None = None) -> None:
         check_fusable(target)
-        self.target, base = target, target.model.model
-        with packing(target.model) as weights:
-            self._weights: PackedWeights | None = weights
-            self.layers = [
-                _fused_layer(layer, weights, target.windows[index], target.layer_shapes[index].heads)
-                for index, layer in enumerate(base.layers)
-            ]
-            self._lm_head = weights.single(target.model.lm_head)
+        self.target, self.dtype = target, dtype
+        self._weights: PackedWeights | QuantizedWeights | None
+        if dtype is None:
+            with packing(target.model) as self._weights:
+                self._build(self._weights)
+        else:
+            self._weights = QuantizedWeights(one_byte_dtype("target_dtype", dtype, target.device))
+            self._build(self._weights)
+
+    def _build(self, weights: PackedWeights | QuantizedWeights) -> None:
+        target, base = self.target, self.target.model.model
+        self.layers = [
+            _fused_layer(layer, weights, target.windows[index], target.layer_shapes[index].heads)
+            for index, layer in enumerate(base.layers)
+        ]
+        self._lm_head = weights.single(target.model.lm_head)
         self._embedding, self._norm = base.embed_tokens.weight, norm_weight(base.norm)
         self._rope = RopeTable(self._angles, target.device, limit=target.context_length)
         if target.device.type == "cuda":
@@ -61,7 +83,16 @@ class FusedTarget:
         if self._weights is not None:
             weights, self._weights = self._weights, None
             self.layers = []
-            release(self.target.model, weights)
+            if isinstance(weights, PackedWeights):
+                release(self.target.model, weights)
+
+    @property
+    def products(self) -> list[Product]:
+        """All products of a pass."""
+        return [
+            *(one for layer in self.layers for one in (layer.qkv, layer.o, layer.gate_up, layer.down)),
+            self._lm_head,
+        ]
 
     @torch.no_grad()
     def forward(
@@ -109,7 +140,9 @@ class FusedTarget:
         return self.target.model.model.rotary_emb(like, positions)
 
 
-def _fused_layer(layer: nn.Module, weights: PackedWeights, window: int | None, kv_heads: int) -> FusedLayer:
+def _fused_layer(
+    layer: nn.Module, weights: PackedWeights | QuantizedWeights, window: int | None, kv_heads: int
+) -> FusedLayer:
     attention, mlp = layer.self_attn, layer.mlp
     qkv = weights.stacked(attention.q_proj, attention.k_proj, attention.v_proj)
     head_norms = {}

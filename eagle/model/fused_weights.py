@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from eagle.errors import InvalidInputError
 from eagle.model.ops import Ops
 from eagle.model.triton_kernels.quantize import pack_gate_up, pack_rows, quantize_weight
 
@@ -139,11 +140,26 @@ class PackedWeights:
         return group.product
 
 
+WEIGHT_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+FP8_CAPABILITY = (8, 9)
+
+
+def one_byte_dtype(setting: str, name: str, device: torch.device) -> torch.dtype:
+    """The dtype ``name`` means. Raises InvalidInputError, naming the ``setting``, for another one or a GPU without it."""
+    if name not in WEIGHT_DTYPES:
+        raise InvalidInputError(f"{setting} is {name!r}; expected None, {' or '.join(map(repr, WEIGHT_DTYPES))}")
+    if name == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        found = torch.cuda.get_device_name(device)
+        raise InvalidInputError(f"{setting} is 'fp8', which needs compute capability 8.9; {found} has less: use int8")
+    return WEIGHT_DTYPES[name]
+
+
 class QuantizedWeights:
     """The same products as one-byte copies; the modules stay as they are."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
+        self._sources: list[tuple[nn.Linear, torch.Tensor]] = []
 
     def stacked(self, *linears: nn.Linear) -> Product:
         """See `PackedWeights`."""
@@ -155,6 +171,7 @@ class QuantizedWeights:
 
     def single(self, linear: nn.Linear) -> Product:
         """See `PackedWeights`."""
+        self._sources.append((linear, linear.weight.detach()))
         return replace(self.rows(linear.weight.data), bias=linear.bias)
 
     def rows(self, weight: torch.Tensor) -> Product:
@@ -163,7 +180,12 @@ class QuantizedWeights:
             values, scale = quantize_weight(weight, self.dtype)
         return Product(values, None, scale)
 
+    def intact(self) -> bool:
+        """Whether the copies are of the modules' present parameters; edits in place go unseen."""
+        return all(_same_memory(linear.weight, source) for linear, source in self._sources)
+
     def _quantized(self, linears: Sequence[nn.Linear], pack: Any) -> Product:
+        self._sources += [(linear, linear.weight.detach()) for linear in linears]
         product = self.rows(pack(*(linear.weight.data for linear in linears)))
         biases = [linear.bias for linear in linears]
         return product if biases[0] is None else replace(product, bias=pack(*(part.data for part in biases)))

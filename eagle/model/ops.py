@@ -12,9 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
+
+from eagle.errors import InvalidInputError
 
 WORD_BITS = 64
 """Tree nodes a mask word holds."""
@@ -127,13 +130,21 @@ class Sampling:
     """How the next token is drawn. ``temperature`` 0 is greedy; ``top_p`` 0 or 1 and ``top_k`` 0 are off.
 
     ``top_k_first`` orders the two filters as transformers' ``generate`` does; the reference's own methods cut by
-    ``top_p`` first.
+    ``top_p`` first. Raises InvalidInputError, a ValueError, for values that are none of these.
     """
 
     temperature: float = 0.0
     top_p: float = 0.0
     top_k: int = 0
     top_k_first: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise InvalidInputError(f"temperature is {self.temperature}; expected 0 (greedy) or a positive number")
+        if not 0.0 <= self.top_p <= 1.0:
+            raise InvalidInputError(f"top_p is {self.top_p}; expected a number from 0 to 1 (0 and 1 both turn it off)")
+        if not isinstance(self.top_k, Integral) or self.top_k < 0:
+            raise InvalidInputError(f"top_k is {self.top_k}; expected a whole number of at least 0 (0 turns it off)")
 
     @property
     def greedy(self) -> bool:

@@ -15,8 +15,13 @@ from eagle.model.ops import WORD_BITS, Candidates, DraftPositions, DraftTree, Fr
 def topk_log_softmax(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The k largest log-probabilities of each row, largest first, and their ids.
 
-    logits: [R, V] any float dtype; returns values [R, k] float32 and ids [R, k] int64.
+    logits: [R, V] any float dtype; returns values [R, k] float32 and ids [R, k] int64. Raises ValueError for another rank
+    and for a k outside 1 … V.
     """
+    if logits.dim() != 2:
+        raise ValueError(f"logits is {tuple(logits.shape)}; expected [R, V]")
+    if not 1 <= k <= logits.shape[1]:
+        raise ValueError(f"k is {k} for logits {tuple(logits.shape)}; expected 1 to {logits.shape[1]}")
     values, ids = torch.topk(logits, k, dim=-1)
     return values.float() - torch.logsumexp(logits.float(), dim=-1, keepdim=True), ids
 

@@ -1,4 +1,4 @@
-"""The trials of the decoder's row-wise pieces: norms and SwiGLU."""
+"""The trials of the row-wise pieces: norms, SwiGLU and what an EAGLE-3 layer begins with."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import torch
 import torch.nn.functional as F
 
 from eagle.bench.kernel_cases import Case
-from eagle.bench.kernel_ops.trial import TORCH, Trial, nbytes, relative_error
+from eagle.bench.kernel_ops.trial import TORCH, Trial, nbytes, relative_error, same
 from eagle.model import layers as torch_layers
+from eagle.model.triton_kernels.draft_input import draft_input
 from eagle.model.triton_kernels.mlp import swiglu
 from eagle.model.triton_kernels.norm import add_rms_norm, cat_rms_norm, rms_norm
 
 EPS = 1e-5
+EMBEDDED = 4096
+"""Rows of the embedding at most: a large model's whole table would take a gigabyte in every set of inputs."""
 
 
 def norm_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -66,6 +69,40 @@ def cat_rms_norm_trial(case: Case, device: torch.device, *, poisoned: bool) -> T
         check=lambda out: relative_error(out, torch.cat((norm_reference(x, gain_x), norm_reference(y, gain_y)), -1)),
         traffic=4 * nbytes(x) + nbytes(gain_x, gain_y),
         inputs=(x, y, gain_x, gain_y),
+    )
+
+
+def draft_input_trial(case: Case, device: torch.device, *, poisoned: bool) -> Trial:
+    """Tokens from anywhere in the embedding, hidden states from anywhere in twice as many rows; what is not asked for is
+    NaN."""
+    size, count, vocab = case.model.hidden, case.rows, min(case.model.vocab, EMBEDDED)
+    hidden = torch.randn(1, 2 * count, size, dtype=case.dtype, device=device) * 3
+    embedding = torch.randn(vocab, size, dtype=case.dtype, device=device)
+    rows = torch.randint(2 * count, (1, count), device=device)
+    tokens = torch.randint(vocab, (1, count), device=device)
+    gains = _gain(case, device), _gain(case, device)
+    if poisoned:
+        for source, read in ((hidden[0], rows), (embedding, tokens)):
+            kept = source[read[0]]
+            source.fill_(float("nan"))
+            source[read[0]] = kept
+    arguments = (hidden, rows, tokens, embedding, *gains, EPS, EPS)
+
+    def check(out: tuple[torch.Tensor, torch.Tensor]) -> float:
+        both, total = out
+        embedded = torch.stack([embedding[token] for token in tokens[0].tolist()])
+        taken = torch.stack([hidden[0, row] for row in rows[0].tolist()])
+        same("the hidden states", total, taken[None])
+        wanted = torch.cat((norm_reference(embedded, gains[0]), norm_reference(taken, gains[1])), -1)
+        return relative_error(both, wanted[None])
+
+    moved = count * size * hidden.element_size()
+    return Trial(
+        run=lambda: draft_input(*arguments),
+        rivals={TORCH: lambda: torch_layers.draft_input(*arguments)},
+        check=check,
+        traffic=5 * moved + nbytes(rows, tokens, *gains),
+        inputs=(hidden, rows, tokens, embedding, *gains),
     )
 
 

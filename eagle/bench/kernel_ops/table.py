@@ -7,9 +7,15 @@ from collections.abc import Callable
 from eagle.bench.kernel_ops.acceptance import posterior_trial, update_trial
 from eagle.bench.kernel_ops.attention import attention_trial
 from eagle.bench.kernel_ops.cache import append_trial, compact_trial, retrieve_trial, rope_trial
-from eagle.bench.kernel_ops.layers import add_rms_norm_trial, cat_rms_norm_trial, rms_norm_trial, swiglu_trial
+from eagle.bench.kernel_ops.layers import (
+    add_rms_norm_trial,
+    cat_rms_norm_trial,
+    draft_input_trial,
+    rms_norm_trial,
+    swiglu_trial,
+)
 from eagle.bench.kernel_ops.linear import linear_norm_trial, linear_trial, one_byte_trial, swiglu_linear_trial
-from eagle.bench.kernel_ops.tree import finish_trial, grow_trial, topk_trial
+from eagle.bench.kernel_ops.tree import finish_trial, grow_trial, positions_trial, topk_trial
 from eagle.bench.kernel_ops.trial import Trial
 
 TRIALS: dict[str, Callable[..., Trial]] = {
@@ -27,6 +33,8 @@ TRIALS: dict[str, Callable[..., Trial]] = {
     "evaluate_posterior_greedy": posterior_trial,
     "evaluate_posterior_sampled": posterior_trial,
     "update_inputs": update_trial,
+    "draft_input": draft_input_trial,
+    "draft_positions": positions_trial,
     "rms_norm": rms_norm_trial,
     "add_rms_norm": add_rms_norm_trial,
     "cat_rms_norm": cat_rms_norm_trial,

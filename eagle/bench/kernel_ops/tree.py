@@ -1,4 +1,4 @@
-"""The trials of the tree's ops: top-k over the logits, expansion and re-ranking."""
+"""The trials of the tree's ops: where a draft's rows lie, top-k over the logits, expansion and re-ranking."""
 
 from __future__ import annotations
 
@@ -8,9 +8,38 @@ from eagle.bench.kernel_cases import Case
 from eagle.bench.kernel_ops.inputs import ancestors
 from eagle.bench.kernel_ops.trial import TORCH, Trial, nbytes, relative_error, same
 from eagle.model import tree as torch_tree
-from eagle.model.ops import WORD_BITS, Candidates, DraftTree, Frontier, mask_words
+from eagle.model.ops import WORD_BITS, Candidates, DraftPositions, DraftTree, Frontier, mask_words
+from eagle.model.triton_kernels.draft_positions import draft_positions
 from eagle.model.triton_kernels.topk import topk_log_softmax
 from eagle.model.triton_kernels.tree_decoding import finish_tree, grow_tree
+
+
+def positions_trial(case: Case, device: torch.device, *, poisoned: bool) -> Trial:
+    """The passes after a step that committed from no token to a whole path."""
+    shape, path = case.tree, case.tree.path
+    kv_len = torch.randint(path, case.prefix + 1, (1,), device=device)
+    count = torch.randint(path + 1, (1,), device=device)
+
+    def check(at: DraftPositions) -> float:
+        length, new = int(kv_len), int(count)
+        levels = range(shape.depth)
+        expected = (
+            [length - new],
+            [max(0, new - 1)],
+            [[length + level * shape.top_k] for level in levels],
+            [[length - new + row for row in range(path)] + [length + level for level in levels]],
+        )
+        for name, out, values in zip(at._fields, at, expected, strict=True):
+            same(name, out.cpu(), torch.tensor(values))
+        return 0.0
+
+    return Trial(
+        run=lambda: draft_positions(kv_len, count, shape),
+        rivals={TORCH: lambda: torch_tree.draft_positions(kv_len, count, shape)},
+        check=check,
+        traffic=nbytes(kv_len, count) + 8 * (2 + shape.depth + path + shape.depth),
+        inputs=(kv_len, count),
+    )
 
 
 def topk_trial(case: Case, device: torch.device, *, poisoned: bool) -> Trial:

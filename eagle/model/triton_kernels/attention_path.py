@@ -14,6 +14,22 @@ import triton.language as tl
 from eagle.model.triton_kernels.attention_block import count_nodes, first_block, first_position, path_node
 
 
+@triton.jit
+def _held(part, h, begin, body, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr):
+    """Which heads [H] have a state from a split: those of the group, where the row's body has a block in it."""
+    return h < tl.where(first_block(part, begin, BLOCK_N, SPLITS) < body, GROUP, 0)
+
+
+@triton.jit
+def _add(mass, mixed, anchor, states, stats, sums, line, held, dv, V_SIZE: tl.constexpr):
+    """Mix in the states at some lines. mass, anchor, line, held: [H]; mixed: [H, Dv]; dv: [Dv]."""
+    share = tl.exp2(tl.load(stats + line, mask=held, other=float("-inf")) - anchor)
+    share = share * tl.load(sums + line, mask=held, other=0.0)
+    at = states + line[:, None] * V_SIZE + dv[None, :]
+    state = tl.load(at, mask=held[:, None] & (dv[None, :] < V_SIZE), other=0.0).to(tl.float32)
+    return mass + share, tl.fma(state, tl.broadcast_to(share[:, None], mixed.shape), mixed)
+
+
 @triton.jit(do_not_specialize=["rows", "batch", "slots", "window", "q_b", "q_t", "q_h", "w_b", "w_t"])
 def path_kernel(
     q,  # [B, T, Hq, D]
@@ -125,24 +141,22 @@ def path_kernel(
     body = tl.minimum(body, slots)
     if PDL:
         tl.extra.cuda.gdc_wait()
+    # The compiler's time grows with the cube of how many splits are unrolled: 32 at once took it 5 s, 16 take 1 s.
+    CHUNK: tl.constexpr = min(SPLITS, 16)
     best = tl.load(stats + SPLITS * stride + line, mask=inside, other=0.0)
-    for part in tl.static_range(SPLITS):
-        held = h < tl.where(first_block(part, begin, BLOCK_N, SPLITS) < body, GROUP, 0)
-        best = tl.maximum(best, tl.load(stats + part * stride + line, mask=held, other=float("-inf")))
+    for first in tl.range(0, SPLITS, CHUNK):
+        for i in tl.static_range(CHUNK):
+            held = _held(first + i, h, begin, body, GROUP, BLOCK_N, SPLITS)
+            best = tl.maximum(best, tl.load(stats + (first + i) * stride + line, mask=held, other=float("-inf")))
     anchor = tl.where(best == float("-inf"), 0.0, best)
     mass = tl.zeros([MERGE_HEADS], tl.float32)
     mixed = tl.zeros([MERGE_HEADS, BLOCK_DV], tl.float32)
-    for part in tl.static_range(SPLITS + 1):
-        held = inside
-        if part < SPLITS:
-            held = h < tl.where(first_block(part, begin, BLOCK_N, SPLITS) < body, GROUP, 0)
-        part_line = part * stride + line
-        share = tl.exp2(tl.load(stats + part_line, mask=held, other=float("-inf")) - anchor)
-        share = share * tl.load(sums + part_line, mask=held, other=0.0)
-        at = states + part_line[:, None] * V_SIZE + dv[None, :]
-        state = tl.load(at, mask=held[:, None] & (dv[None, :] < V_SIZE), other=0.0).to(tl.float32)
-        mass += share
-        mixed = tl.fma(state, tl.broadcast_to(share[:, None], mixed.shape), mixed)
+    for first in tl.range(0, SPLITS, CHUNK):
+        for i in tl.static_range(CHUNK):
+            held = _held(first + i, h, begin, body, GROUP, BLOCK_N, SPLITS)
+            part_line = (first + i) * stride + line
+            mass, mixed = _add(mass, mixed, anchor, states, stats, sums, part_line, held, dv, V_SIZE)
+    mass, mixed = _add(mass, mixed, anchor, states, stats, sums, SPLITS * stride + line, inside, dv, V_SIZE)
     mixed = mixed * (1.0 / tl.where(mass > 0.0, mass, 1.0))[:, None]
     out_at = out + ((b * rows + row) * KV_HEADS * GROUP + head * GROUP + h)[:, None] * V_SIZE + dv[None, :]
     tl.store(out_at, mixed.to(out.dtype.element_ty), mask=line_mask)

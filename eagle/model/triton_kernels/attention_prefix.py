@@ -37,7 +37,7 @@ def _gather(k_base, v_base, slot, valid, k_s, v_s, SIZE, V_SIZE, BLOCK_D: tl.con
     return k_tile, v_tile
 
 
-@triton.jit(do_not_specialize=["rows", "batch", "slots", "window"])
+@triton.jit(do_not_specialize=["rows", "batch", "slots", "window", "w_b"])
 def prefix_kernel(
     q,  # [B, T, Hq, D]
     k,  # [B, Hkv, S, D]

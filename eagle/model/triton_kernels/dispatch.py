@@ -130,8 +130,6 @@ class Served:
     plain: Callable[..., Any]
     bounds: tuple[Bound, ...]
     plan: Plan
-    before: Callable[..., Any] | None = None  # what served when this was put in
-    undone: bool = False  # whether it has been taken out since
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.bounds:

@@ -1,7 +1,7 @@
 """Where the rows of a draft's passes lie, in one launch: first slots and RoPE positions of the extend and of all levels.
 
-Contract. The meaning is that of `eagle.model.tree.draft_positions`. All tensors are contiguous int64; one program serves
-one sequence. Nothing is read on the host and every size comes from the shapes: safe under CUDA-graph capture.
+Contract. The meaning is that of `eagle.model.tree.draft_positions`. All tensors are contiguous int64, and count lies from
+0 to P and to kv_len, which only EAGLE_DEBUG=1 checks. One program serves one sequence. Nothing is read on the host and every size comes from the shapes: safe under CUDA-graph capture.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from eagle.model.ops import DraftPositions, TreeShape
-from eagle.model.triton_kernels.cache_checks import check_device, check_integers, require
+from eagle.model.triton_kernels.cache_checks import check_device, check_integers, check_values, debugging, require
 from eagle.model.triton_kernels.overlap import await_earlier, overlaps
 
 
@@ -50,6 +50,9 @@ def draft_positions(kv_len: torch.Tensor, count: torch.Tensor, shape: TreeShape)
     require(kv_len.dim() == 1 and kv_len.shape == count.shape, "kv_len and count must both be [B]", **given)
     check_integers(**given)
     check_device(**given)
+    if debugging():
+        fine = (count >= 0) & (count <= shape.path) & (count <= kv_len)
+        check_values(fine, f"count must lie from 0 to the path's {shape.path} rows and to kv_len", **given)
     batch, rows = kv_len.shape[0], shape.path + shape.depth
     found = DraftPositions(
         start=kv_len.new_empty(batch),

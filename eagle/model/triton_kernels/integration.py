@@ -11,16 +11,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from eagle.engine.settings import EngineSettings, FormerEngine
+from eagle.engine.settings import EngineSettings
 from eagle.errors import InvalidInputError
 from eagle.model.ea_model import EaModel
 from eagle.model.ops import Ops
+from eagle.model.switch import Switch
 from eagle.model.triton_kernels.dispatch import Served, choose_ops, largest_heads
 from eagle.model.triton_kernels.hardware import hardware
 from eagle.model.triton_kernels.selection import CASES, DTYPES, FLASH, OPS, Plan, check_names, from_environment
 
 ENGINE = "engine"
-"""The key of the engine's former settings among the original methods."""
+"""The key of the `Switch` among the original methods: the engine's former settings, and the way back."""
 
 
 def optimize_eagle_with_triton(
@@ -33,6 +34,7 @@ def optimize_eagle_with_triton(
     fused: str = "auto",
     exact: bool = True,
     draft_dtype: str | None = None,
+    target_dtype: str | None = None,
 ) -> tuple[EaModel, dict[str, Callable[..., Any]]]:
     """Have Triton kernels serve the ops of target and draft, where they can and should, and on a GPU replay each step as
     one CUDA graph; the next generation uses them.
@@ -40,16 +42,17 @@ def optimize_eagle_with_triton(
     kernels: "auto" (what is fastest here; PyTorch where there is no GPU), "triton" or "torch", for all ops; overrides:
     the same for single ones, by name, and "flash" for attention (FlashAttention for prompts, the kernel for the rest).
     What is left out comes from EAGLE_KERNELS and EAGLE_KERNELS_<OP>. ops: a table of your own to serve instead. engine,
-    fused, exact, draft_dtype: see `eagle.engine.settings.EngineSettings`; where all ops are PyTorch's, "auto" leaves
-    engine and target as they are. Returns the model itself and, for each op that changed, the function that served
-    before, with the engine's former settings, for `restore_eagle`. `EaModel.kernel_report` tells what serves now.
+    fused, exact, draft_dtype, target_dtype: see `eagle.engine.settings.EngineSettings`; where all ops are PyTorch's,
+    "auto" leaves engine and target as they are. Returns the model itself and, for each op that changed, the function
+    that served before, with the engine's former settings, for `restore_eagle`. `EaModel.kernel_report` tells what
+    serves now.
 
     Raises TypeError for something that is no EaModel, InvalidInputError for a name that does not exist, for "triton"
     where no kernel can run, for "flash" where FlashAttention can't serve and while a generation is open, and
-    UnsupportedModelError for ``fused="on"`` where the target can't be. The model is then as it was.
+    UnsupportedModelError for ``fused="on"`` or a target_dtype where the target can't be fused. The model is then as it was.
     """
     _check_model(model, "optimize_eagle_with_triton")
-    settings = EngineSettings(engine, fused, exact, draft_dtype)
+    settings = EngineSettings(engine, fused, exact, draft_dtype, target_dtype)
     if ops is not None and not isinstance(ops, Ops):
         raise TypeError(f"ops is a {type(ops).__name__}; expected an eagle.model.ops.Ops table, or None")
     if ops is not None and (kernels is not None or overrides is not None):
@@ -60,29 +63,25 @@ def optimize_eagle_with_triton(
         _check_flash(plan, model)
         ops, _ = choose_ops(plan)
     settings = _settled(settings, model, ops)
-    replaced: dict[str, Callable[..., Any]] = {}
-    if settings != model.engine or model.engine_trouble is not None:
-        former = FormerEngine(model.engine)
+    functions = {op: getattr(model.ops, op) for op in OPS if getattr(ops, op) is not getattr(model.ops, op)}
+    switch = Switch(model, functions)
+    again = settings != model.engine or model.engine_trouble is not None
+    if again:
         model.configure_engine(settings)
-        model.former_engines.append(former)
-        replaced[ENGINE] = former
-    for op in OPS:
-        before, new = getattr(model.ops, op), getattr(ops, op)
-        if new is before:
-            continue
-        replaced[op] = before
-        if isinstance(new, Served):  # an entry of its own: the table may serve another model too
-            ops = ops.replaced(**{op: replace(new, before=before, undone=False)})
     model.ops, model.kernel_plan = ops, plan
-    return model, replaced
+    if not (again or functions):
+        return model, {}
+    model.switches.append(switch)
+    return model, {ENGINE: switch, **functions}
 
 
 def restore_eagle(model: EaModel, original_methods: Mapping[str, Callable[..., Any]]) -> EaModel:
-    """Put back what `optimize_eagle_with_triton` returned. Doing so twice does no harm.
+    """Put back what `optimize_eagle_with_triton` replaced, from what it returned. Doing so twice does no harm.
 
-    After several calls of `optimize_eagle_with_triton`, undo the last one first; in another order, what an earlier
-    restore has taken out is not put in again. Raises TypeError for something that is no EaModel or no mapping of
-    functions, and InvalidInputError for an op that does not exist.
+    After several calls, each mapping leads back to where the model stood before its call: the later calls are undone with
+    it, and their mappings have nothing left to do. A mapping of your own, op names to functions, is put in as it is.
+    Raises TypeError for something that is no EaModel or no mapping of functions, and InvalidInputError for an op that
+    does not exist, for what another model's call returned and while a generation is open.
     """
     _check_model(model, "restore_eagle")
     if not isinstance(original_methods, Mapping) or not all(map(callable, original_methods.values())):
@@ -90,23 +89,19 @@ def restore_eagle(model: EaModel, original_methods: Mapping[str, Callable[..., A
             f"original_methods is a {type(original_methods).__name__}; expected the mapping of op names to functions "
             "that optimize_eagle_with_triton returned"
         )
-    former = original_methods.get(ENGINE)
-    if former is not None and not isinstance(former, FormerEngine):
+    switch = original_methods.get(ENGINE)
+    if switch is not None and not isinstance(switch, Switch):
         raise TypeError(
-            f"original_methods[{ENGINE!r}] is a {type(former).__name__}; expected what optimize_eagle_with_triton returned"
+            f"original_methods[{ENGINE!r}] is a {type(switch).__name__}; expected what optimize_eagle_with_triton returned"
         )
     functions = {op: function for op, function in original_methods.items() if op != ENGINE}
     check_names("auto", dict.fromkeys(functions, "auto"))
-    if former is not None:
-        former(model)
-    originals = {op: _still_in(function) for op, function in functions.items()}
-    for op, original in originals.items():
-        current = getattr(model.ops, op)
-        while isinstance(current, Served) and current is not original:
-            current.undone, current = True, current.before
-    model.ops = model.ops.replaced(**originals)
-    left = [function.plan for function in (getattr(model.ops, op) for op in OPS) if isinstance(function, Served)]
-    model.kernel_plan = left[0] if left else None
+    if switch is not None:
+        switch(model)
+    elif functions:
+        model.ops = model.ops.replaced(**functions)
+        left = [function.plan for function in (getattr(model.ops, op) for op in OPS) if isinstance(function, Served)]
+        model.kernel_plan = left[0] if left else None
     return model
 
 
@@ -131,9 +126,9 @@ def _settled(settings: EngineSettings, model: EaModel, ops: Ops) -> EngineSettin
     if settings.engine == "captured" and model.device.type != "cuda":
         raise InvalidInputError(f"engine is 'captured', which needs a CUDA device, not {model.device.type}; use 'auto'")
     engine = plain.engine if settings.engine == "auto" else settings.engine
-    fused = plain.fused if settings.fused == "auto" else settings.fused
+    fused = plain.fused if settings.fused == "auto" and settings.target_dtype is None else settings.fused
     exact = settings.exact and (triton or engine != plain.engine)
-    return EngineSettings(engine, fused, exact, settings.draft_dtype)
+    return replace(settings, engine=engine, fused=fused, exact=exact)
 
 
 def _check_flash(plan: Plan, model: EaModel) -> None:
@@ -148,9 +143,3 @@ def _check_flash(plan: Plan, model: EaModel) -> None:
 def _check_model(model: Any, caller: str) -> None:
     if not isinstance(model, EaModel):
         raise TypeError(f"{caller} takes an EaModel (EaModel.from_pretrained(...)), got a {type(model).__name__}")
-
-
-def _still_in(function: Callable[..., Any]) -> Callable[..., Any]:
-    while isinstance(function, Served) and function.undone:
-        function = function.before
-    return function

@@ -61,8 +61,11 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def swiglu_packed(gate_up: torch.Tensor) -> torch.Tensor:
-    """`swiglu` of the two halves of the last dimension. gate_up: [..., 2 I], the gate first. Returns [..., I]."""
-    if gate_up.shape[-1] % 2:
+    """`swiglu` of the two halves of the last dimension. gate_up: [..., 2 I], the gate first. Returns [..., I].
+
+    Raises ValueError for a dtype, device, stride or size outside the module's contract.
+    """
+    if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up is {tuple(gate_up.shape)}; expected [..., 2 I], the gate and then up")
     half = gate_up.shape[-1] // 2
     return swiglu(gate_up[..., :half], gate_up[..., half:])

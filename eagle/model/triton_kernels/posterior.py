@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from eagle.model.ops import Acceptance, DraftTree, Sampling
+from eagle.model.triton_kernels.cache_checks import check_values, debugging
 from eagle.model.triton_kernels.dense import check_dense, check_range
 from eagle.model.triton_kernels.order import EMPTY, key_ids, make_keys
 from eagle.model.triton_kernels.overlap import await_earlier, overlaps
@@ -107,6 +108,8 @@ def evaluate_posterior(
     if uniforms is None:
         raise ValueError(f"sampling at temperature {sampling.temperature} needs uniforms [B, {path}], got None")
     check_dense(uniforms, "uniforms", logits, (logits.shape[0], path), torch.float32)
+    if debugging():
+        check_values((uniforms >= 0) & (uniforms < 1), "uniforms must lie in [0, 1)", uniforms=uniforms)
     return _walk(draw_keys(logits, tree.depths, sampling, uniforms, None, None), tree, path)
 
 
@@ -116,7 +119,7 @@ def evaluate_posterior_seeded(
     """`evaluate_posterior` that draws its own uniforms: Philox of (seed, output position).
 
     seeds: [B] int64, one a sequence; offsets: [B] int64, the output position of the first token to be committed (the
-    tokens generated so far), below 2³¹. A position's uniform does not depend on how many tokens a step commits, so
+    tokens generated so far); the path's last must be below 2³¹. A position's uniform does not depend on how many tokens a step commits, so
     plain and EAGLE decoding of one seed draw alike; `sampling.philox_uniforms` gives the same numbers. Both are ignored
     when greedy. Raises ValueError as `evaluate_posterior`.
     """
@@ -125,6 +128,9 @@ def evaluate_posterior_seeded(
         return _walk(_argmax_keys(logits), tree, path)
     for name, x in (("seeds", seeds), ("offsets", offsets)):
         check_dense(x, name, logits, (logits.shape[0],), torch.int64)
+    if debugging():
+        fine = (offsets >= 0) & (offsets <= 2**31 - path)
+        check_values(fine, f"offsets must lie from 0 to 2³¹ - {path}, so that the whole path does", offsets=offsets)
     return _walk(draw_keys(logits, tree.depths, sampling, None, seeds, offsets), tree, path)
 
 

@@ -168,6 +168,16 @@ def tree_warps(elements: int) -> int:
     return 1 if elements <= 256 else min(16, max(4, elements // 512))
 
 
+def _check_ranks(candidates: Candidates) -> None:
+    """Raise ValueError unless the sizes that launchers read from the candidates are there."""
+    scores, index = candidates.scores, candidates.frontier_index
+    if scores.dim() != 2 or index.dim() != 3:
+        raise ValueError(
+            f"candidates.scores is {tuple(scores.shape)} and frontier_index {tuple(index.shape)}; expected [B, C] and "
+            "[B, depth, K]"
+        )
+
+
 def grow_tree(
     candidates: Candidates,
     frontier: Frontier | None,
@@ -184,6 +194,7 @@ def grow_tree(
     """
     if tokens.dim() != 3:
         raise ValueError(f"tokens is {tuple(tokens.shape)}; expected [B, R, K]")
+    _check_ranks(candidates)
     batch, rows, top_k = tokens.shape
     depth, total = candidates.frontier_index.shape[1], candidates.scores.shape[1]
     if not 1 <= top_k <= MAX_TOP_K or rows != (1 if level == 0 else top_k) or not 0 <= level <= depth:
@@ -257,6 +268,7 @@ def finish_tree(candidates: Candidates, root: torch.Tensor, total_token: int) ->
     root: [B] int64, the last committed token. Returns N = total_token nodes. Raises ValueError for a dtype, device,
     stride or size outside the module's contract.
     """
+    _check_ranks(candidates)
     batch, depth, top_k = candidates.frontier_index.shape
     total = top_k + depth * top_k**2
     if not 1 <= total_token <= min(MAX_NODES, total + 1) or total > MAX_CANDIDATES:

@@ -3,7 +3,7 @@
 A file lies in `tuned/` beside this module, named after the device; the environment variable EAGLE_TUNED adds one of the
 user's own, which goes before it. A file holds ``{"device": name, "linear": [{"n", "k", "dtype", "weight_dtype",
 "norm_after", "config": {…}, measured times}, …]}`` and counts on the device it names. A device without a file of its own
-takes that of its family: GPUs of one architecture with as many multiprocessors, whose memory alone differs.
+takes that of its family: GPUs of one architecture, which differ in memory and somewhat in multiprocessors.
 """
 
 from __future__ import annotations
