@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from contextlib import contextmanager, nullcontext
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -460,9 +461,31 @@ def test_a_written_table_is_chosen(tmp_path, monkeypatch, no_tables):
         assert choose(4096, 4096, torch.bfloat16, torch.int8, H100, norm_after=True) == config
         assert choose(4096, 4096, torch.bfloat16, torch.int8, H100) != config
         assert choose(6144, 4096, torch.float16, torch.float16, H100) == config
-        for name, served in (("NVIDIA H200", where == "package"), ("NVIDIA A100-SXM4-80GB", False)):
-            other = DeviceTraits(name, (9, 0), 132, 1 << 17)
-            assert (choose(6144, 4096, torch.bfloat16, torch.bfloat16, other) == config) == served
+        family, stranger = (replace(H100, name=name) for name in ("NVIDIA H200", "NVIDIA A100-SXM4-80GB"))
+        assert choose(6144, 4096, torch.bfloat16, torch.bfloat16, family) == config
+        if where == "package":
+            assert choose(6144, 4096, torch.bfloat16, torch.bfloat16, stranger) != config
+            continue
+        with pytest.raises(InvalidInputError, match="was measured on NVIDIA H100 80GB HBM3, and this is NVIDIA A100"):
+            choose(6144, 4096, torch.bfloat16, torch.bfloat16, stranger)
+
+
+def test_a_table_that_does_not_fit_is_refused(tmp_path, monkeypatch, no_tables):
+    size = tune.Size(6144, 4096, torch.bfloat16, torch.bfloat16, False, "8B qkv")
+    huge = LinearConfig(256, 256, num_stages=8)
+    tune.write_table([tune.Tuned(size, huge, 9.0, 9.0, 9.0, 8.0, 3)], tmp_path / "t.json", {"device": H100.name})
+    monkeypatch.setenv("EAGLE_TUNED", str(tmp_path / "t.json"))
+    with pytest.raises(InvalidInputError, match="does not fit on NVIDIA H100"):
+        choose(6144, 4096, torch.bfloat16, torch.bfloat16, H100)
+
+
+def entry(**config):
+    one = {"n": 8, "k": 8, "dtype": "float16", "weight_dtype": "int8", "norm_after": False, "config": config}
+    return json.dumps({"device": H100.name, "linear": [one]})
+
+
+def test_the_fields_of_a_table_are_the_configurations():
+    assert set(tuned_table.FIELDS) == {field.name for field in fields(LinearConfig)}
 
 
 @pytest.mark.parametrize(
@@ -470,6 +493,12 @@ def test_a_written_table_is_chosen(tmp_path, monkeypatch, no_tables):
     [
         "",
         "[]",
+        entry(block_n=64, block_k=64, split_k=1, wraps=4),
+        entry(block_n=48, block_k=64, split_k=1),
+        entry(block_n=64, block_k=64, split_k=1, num_warps="4"),
+        entry(block_n=64, block_k=64, split_k=1, tma=1),
+        entry(block_n=64, block_k=64),
+        entry(block_n=64, block_k=64, split_k=0),
         '{"device": "NVIDIA H100 80GB HBM3", "linear": [{"n": 1}]}',
         '{"device": "NVIDIA H100 80GB HBM3", "linear": [{"n": 8, "k": 8, "dtype": "float16", "weight_dtype": "int8", '
         '"norm_after": false, '
@@ -480,7 +509,7 @@ def test_a_bad_table_is_named(tmp_path, monkeypatch, no_tables, content):
     path = tmp_path / "table.json"
     path.write_text(content, encoding="utf-8")
     monkeypatch.setenv("EAGLE_TUNED", str(path))
-    with pytest.raises(ValueError, match=r"table\.json"):
+    with pytest.raises(InvalidInputError, match=r"table\.json"):
         tuned_table.tuned_linears(H100.name)
 
 
@@ -488,8 +517,8 @@ def test_shipped_tables_fit_their_file_names_and_devices():
     for path in tuned_table.FOLDER.glob("*.json"):
         device = json.loads(path.read_text(encoding="utf-8"))["device"]
         assert path.name == tuned_table.file_name(device)
-        for (n, k, dtype, weight_dtype, norm_after), fields in tuned_table.tuned_linears(device).items():
-            config = LinearConfig(**fields)
+        for (n, k, dtype, weight_dtype, norm_after), values in tuned_table.tuned_linears(device).items():
+            config = LinearConfig(**values)
             assert fits(config, dtype, weight_dtype, H100)
             assert choose(n, k, dtype, weight_dtype, H100, norm_after=norm_after) == config
             family = DeviceTraits("NVIDIA H200", *list(vars(H100).values())[1:])

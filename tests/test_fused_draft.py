@@ -13,9 +13,9 @@ from eagle.engine.step import step
 from eagle.errors import InvalidInputError
 from eagle.model.drafts import DraftCall, DraftModel
 from eagle.model.fused_draft import FusedDraft
-from eagle.model.fused_weights import WEIGHT_DTYPES
 from eagle.model.fused_support import Unfusable
 from eagle.model.fused_target import fuse_target
+from eagle.model.fused_weights import WEIGHT_DTYPES
 from eagle.model.ops import Sampling, TreeShape
 from eagle.model.target import Target
 from eagle.model.torch_ops import TORCH_OPS

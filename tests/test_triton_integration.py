@@ -10,6 +10,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import tiny_draft, tiny_target
 
 from eagle.errors import InvalidInputError
@@ -151,28 +153,52 @@ def test_a_failed_switch_changes_nothing(model, monkeypatch):
     assert same(model.ops, before)
 
 
-@pytest.mark.parametrize("order", ["last first", "first first", "first alone", "last twice"])
-def test_twice(model, order):
-    before = functions(model.ops)
-    _, first = optimize_eagle_with_triton(model, **ON)
-    once = functions(model.ops)
-    _, second = optimize_eagle_with_triton(model, **ON)
-    if order == "last twice":
-        restore_eagle(model, second)
-        restore_eagle(model, second)
-        assert same(model.ops, once)
-        restore_eagle(model, first)
-    elif order == "last first":
-        restore_eagle(model, second)
-        assert same(model.ops, once)
-        restore_eagle(model, first)
-    elif order == "first first":
-        restore_eagle(model, first)
-        restore_eagle(model, second)
-    else:
-        restore_eagle(model, first)
-    assert same(model.ops, before)
-    assert model.kernel_plan is None
+SWITCHES = (
+    {"kernels": "triton"},
+    {"kernels": "torch"},
+    {"kernels": "triton", "overrides": {"swiglu": "torch"}},
+    {"kernels": "triton", "fused": "on"},
+    {"kernels": "triton", "fused": "off", "target_dtype": None, "draft_dtype": "int8"},
+    {"kernels": "torch", "target_dtype": "int8"},
+)
+
+
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_each_switch_leads_back_to_where_it_began(data):
+    model = small("eagle3")
+
+    def state():
+        weights = [weight.stride() for weight in model.base_model.parameters()]
+        values = [weight.clone() for weight in model.base_model.parameters()]
+        return functions(model.ops), model.engine, model.kernel_plan, weights, values, model.target.fused is None
+
+    def check(wanted):
+        ops, engine, plan, weights, values, modules = state()
+        assert all(one is other for one, other in zip(ops, wanted[0], strict=True))
+        assert (engine, plan, weights, modules) == (wanted[1], wanted[2], wanted[3], wanted[5])
+        assert all(torch.equal(one, other) for one, other in zip(values, wanted[4], strict=True))
+
+    standing = []  # (mapping, the state before its call), in order
+    for choice in data.draw(st.lists(st.sampled_from(SWITCHES), min_size=1, max_size=4)):
+        before = state()
+        standing.append((optimize_eagle_with_triton(model, **choice)[1], before))
+    for mapping, before in data.draw(st.permutations(standing)):
+        place = next((index for index, (other, _) in enumerate(standing) if other is mapping), None)
+        if place is None or not mapping:
+            now = state()
+            restore_eagle(model, mapping)
+            check(now)
+            continue
+        restore_eagle(model, dict(mapping))
+        check(before)
+        del standing[place:]
+
+
+def test_another_models_methods_are_refused(model):
+    _, originals = optimize_eagle_with_triton(model, kernels="triton")
+    with pytest.raises(InvalidInputError, match="another model"):
+        restore_eagle(small("eagle3"), originals)
 
 
 def test_only_what_changes_is_returned(model):

@@ -15,10 +15,9 @@ if not CUDA:
 pytest.importorskip("triton")
 
 import eagle.model.triton_kernels.operators  # noqa: F401 - registers them
-from eagle.model import kv_cache, layers, triton_kernels
+from eagle.model import kv_cache, layers
 
 DEVICE = "cuda" if CUDA else "cpu"
-NO_KERNELS = {"pack_gate_up", "quantize_weight"}
 
 FRESH = """
 import torch
@@ -34,11 +33,6 @@ def test_one_import_registers_all_of_them() -> None:
     """In a process of its own: here other tests have imported kernels."""
     ran = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, timeout=120)
     assert ran.stdout.split("\n")[:2] == ["0", "[]"], ran.stderr
-
-
-def test_they_are_the_kernels_own() -> None:
-    for name in set(triton_kernels._KERNELS) - NO_KERNELS:
-        assert getattr(torch.ops.eagle, name).default._schema.name == f"eagle::{name}"
 
 
 @pytest.fixture

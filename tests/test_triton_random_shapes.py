@@ -29,6 +29,12 @@ DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 TOTAL = 1000 if HAS_GPU else 100
 EXAMPLES = -(-TOTAL // len(PARTS))
 DTYPES = [torch.float16, torch.float32, *([torch.bfloat16] if HAS_GPU else [])]
+GPU_HEADS = {
+    torch.float32: [(1, 1, 64)],
+    torch.float16: [(4, 2, 80)],
+    torch.bfloat16: [(9, 3, 64), (8, 1, 128)],
+}
+"""Heads, kv heads and head size by dtype."""
 TREES = [(8, 2, 3), (21, 4, 5), (60, 7, 10), (131, 6, 12)] if HAS_GPU else [(5, 2, 2), (8, 2, 3), (13, 3, 4)]
 
 
@@ -37,8 +43,7 @@ def few(low: int, high: int, *values: int) -> st.SearchStrategy[int]:
     return st.sampled_from(values) if HAS_GPU else st.integers(low, high)
 
 
-def shapes() -> st.SearchStrategy[ModelShape]:
-    heads = [(1, 1, 64), (4, 2, 80), (9, 3, 64), (8, 1, 128)]
+def shapes(dtype: torch.dtype) -> st.SearchStrategy[ModelShape]:
     any_heads = st.builds(
         lambda kv, group, half: (kv * group, kv, 2 * half), st.integers(1, 2), st.integers(1, 3), st.integers(1, 20)
     )
@@ -47,7 +52,7 @@ def shapes() -> st.SearchStrategy[ModelShape]:
             "random", hidden, *sizes, mlp, layers, vocab, draft_vocab
         ),
         hidden=few(1, 90, 61, 256, 576, 1000),
-        sizes=st.sampled_from(heads) if HAS_GPU else any_heads,
+        sizes=st.sampled_from(GPU_HEADS[dtype]) if HAS_GPU else any_heads,
         mlp=few(1, 70, 37, 200, 1536),
         layers=st.integers(1, 3),
         vocab=few(60, 400, 151, 1000, 5003),
@@ -61,7 +66,7 @@ def cases(draw: st.DrawFn, op: str) -> Case:
     prefix = draw(st.integers(20, 700 if HAS_GPU else 90))
     part, rows = draw(st.sampled_from(PARTS[op] or ("",))), draw(st.integers(1, 64 if HAS_GPU else 9))
     tree, prefill = TreeShape(*draw(st.sampled_from(TREES))), draw(st.integers(1, 150 if HAS_GPU else 40))
-    return Case(op, draw(shapes()), dtype, part, prefix, rows, tree, prefill)
+    return Case(op, draw(shapes(dtype)), dtype, part, prefix, rows, tree, prefill)
 
 
 @pytest.mark.parametrize("op", PARTS)

@@ -1,4 +1,5 @@
-"""A row's bits do not depend on the other rows or on how many there are: linears, norms, SwiGLU and attention.
+"""A row's bits do not depend on the other rows or on how many there are: linears, norms, SwiGLU, the draft's
+input and attention.
 
 On a GPU for every number of rows from 1 to 64, in every dtype; in Triton's interpreter for a few, in float32 and float16.
 """
@@ -11,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -18,6 +20,7 @@ pytest.importorskip("triton")
 
 from eagle.model.tree import ancestor_words
 from eagle.model.triton_kernels.attention import attention
+from eagle.model.triton_kernels.draft_input import draft_input
 from eagle.model.triton_kernels.linear import gate_up_swiglu, linear, linear_add_rms_norm
 from eagle.model.triton_kernels.mlp import swiglu
 from eagle.model.triton_kernels.norm import add_rms_norm, cat_rms_norm, rms_norm
@@ -121,11 +124,36 @@ def test_norms_and_swiglu(dtype: torch.dtype) -> None:
     check_rows(swiglu, (100, 100), dtype)
 
 
-HEADS = [(4, 2, 64), (9, 3, 64), (32, 8, 128), (8, 8, 80)] if HAS_GPU else [(4, 2, 16)]
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_draft_input(dtype: torch.dtype) -> None:
+    """Row t is made of row t of the hidden state and of the embedding."""
+    turn = torch.arange(65, device=DEVICE)[None]
+    for size in (100, 4096):
+        gains = normal(size, dtype=dtype), normal(size, dtype=dtype)
+
+        def begun(hidden: torch.Tensor, embedded: torch.Tensor, gains=gains) -> tuple[torch.Tensor, torch.Tensor]:
+            at = turn[:, : len(hidden)]
+            embedding = F.pad(embedded, (0, 0, 0, 65 - len(embedded)))  # one size, so that a GPU compiles once
+            both, total = draft_input(hidden[None], at, at, embedding, *gains, EPS, EPS)
+            return both[0], total[0]
+
+        check_rows(begun, (size, size), dtype)
+
+
+HEADS = [
+    ((4, 2, 64), torch.bfloat16),
+    ((9, 3, 64), torch.float32),
+    ((9, 3, 64), torch.float16),
+    ((32, 8, 128), torch.float32),
+    ((32, 8, 128), torch.bfloat16),
+    ((8, 8, 80), torch.float16),
+]
+"""On a GPU; a pair costs it four to six compilations."""
+
+
+@pytest.mark.parametrize(
+    ("heads", "dtype"), HEADS if HAS_GPU else [((4, 2, 16), torch.float32), ((4, 2, 16), torch.float16)], ids=str
+)
 def test_attention(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
     """A row at the end of a path of up to three nodes that lie anywhere in a tree, the rest of it in the prefix: what it
     is alone, with the whole path in the prefix."""

@@ -51,6 +51,18 @@ def test_the_measured_gpu_takes_every_kernel(op, monkeypatch):
 
 
 @pytest.mark.parametrize("op", OPS)
+def test_what_is_slower_serves_only_where_output_is_to_be_exact(op, monkeypatch):
+    monkeypatch.setattr(selection, "MEASURED", SHIPPED)
+    slower = op in selection.PRODUCTS
+    for exact in (True, False):
+        found = choose(op, torch.float32, {}, H100, exact=exact)
+        assert found.implementation == ("torch" if slower and not exact else "triton")
+        assert ("slower" in found.reason or "faster" in found.reason) == slower
+        assert choose(op, BF16, {}, H100, exact=exact).implementation == "triton"
+        assert choose(op, torch.float32, {}, H100, "triton", exact=exact).implementation == "triton"
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_auto_on_a_gpu_takes_kernels_and_says_they_are_unmeasured(op):
     choice = choose(op, BF16, {}, H100)
     assert choice.implementation == "triton"

@@ -1,7 +1,8 @@
 """Where the rows of a draft's passes lie, in one launch: first slots and RoPE positions of the extend and of all levels.
 
-Contract. The meaning is that of `eagle.model.tree.draft_positions`. All tensors are contiguous int64, and count lies from
-0 to P and to kv_len, which only EAGLE_DEBUG=1 checks. One program serves one sequence. Nothing is read on the host and every size comes from the shapes: safe under CUDA-graph capture.
+Contract. The meaning is that of `eagle.model.tree.draft_positions`. All tensors are contiguous int64; count lies from 0 to P
+and to kv_len, which EAGLE_DEBUG=1 checks. One program serves one sequence. Nothing is read on the host and every size comes
+from the shapes: safe under CUDA-graph capture.
 """
 
 from __future__ import annotations

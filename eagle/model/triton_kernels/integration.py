@@ -19,6 +19,7 @@ from eagle.model.switch import Switch
 from eagle.model.triton_kernels.dispatch import Served, choose_ops, largest_heads
 from eagle.model.triton_kernels.hardware import hardware
 from eagle.model.triton_kernels.selection import CASES, DTYPES, FLASH, OPS, Plan, check_names, from_environment
+from eagle.model.triton_kernels.tuned_table import tuned_linears
 
 ENGINE = "engine"
 """The key of the `Switch` among the original methods: the engine's former settings, and the way back."""
@@ -59,9 +60,11 @@ def optimize_eagle_with_triton(
         raise InvalidInputError("ops was given together with kernels or overrides; pass a table or a choice, not both")
     plan = model.kernel_plan
     if ops is None:
-        plan = plan_for(model, kernels, overrides)
+        plan = plan_for(model, kernels, overrides, exact)
         _check_flash(plan, model)
         ops, _ = choose_ops(plan)
+        if isinstance(ops.linear, Served) and plan.hardware.kind == "cuda":
+            tuned_linears(plan.hardware.name)  # a table that can't be read is told now, not in the first generation
     settings = _settled(settings, model, ops)
     functions = {op: getattr(model.ops, op) for op in OPS if getattr(ops, op) is not getattr(model.ops, op)}
     switch = Switch(model, functions)
@@ -105,7 +108,9 @@ def restore_eagle(model: EaModel, original_methods: Mapping[str, Callable[..., A
     return model
 
 
-def plan_for(model: EaModel, kernels: str | None = None, overrides: Mapping[str, str] | None = None) -> Plan:
+def plan_for(
+    model: EaModel, kernels: str | None = None, overrides: Mapping[str, str] | None = None, exact: bool = True
+) -> Plan:
     """What is asked for, by arguments and then by the environment, on the devices and in the dtypes of ``model``."""
     layers = [*model.target.layer_shapes, *model.ea_layer.layer_shapes]
     dtypes = [layer.dtype for layer in layers]
@@ -114,7 +119,7 @@ def plan_for(model: EaModel, kernels: str | None = None, overrides: Mapping[str,
     request = request if kernels is None else kernels
     single |= overrides or {}
     check_names(request, single)
-    return Plan(hardware({layer.device for layer in layers} | {model.device}), dtype, request, single)
+    return Plan(hardware({layer.device for layer in layers} | {model.device}), dtype, request, single, exact)
 
 
 def _settled(settings: EngineSettings, model: EaModel, ops: Ops) -> EngineSettings:

@@ -11,7 +11,8 @@ from functools import cache
 
 import torch
 
-from eagle.model.triton_kernels.tuned_table import tuned_linears
+from eagle.errors import InvalidInputError
+from eagle.model.triton_kernels.tuned_table import VARIABLE, tuned_linears
 
 BLOCK_M = 64
 """Rows a tile, always: what one Hopper wgmma takes, and as many as a draft tree of 60 nodes needs."""
@@ -99,7 +100,13 @@ def choose(
     alike = tuple(torch.bfloat16 if kind == torch.float16 else kind for kind in (dtype, weight_dtype))
     for key in ((dtype, weight_dtype, norm_after), (*alike, norm_after), (dtype, weight_dtype, False), (*alike, False)):
         if (fields := table.get((n, k, *key))) is not None:
-            return LinearConfig(**fields)
+            config = LinearConfig(**fields)
+            if not fits(config, dtype, weight_dtype, device):
+                raise InvalidInputError(
+                    f"the tuned configuration for {n}x{k}, {config}, does not fit on {device.name}; unset "
+                    f"{VARIABLE}, or run `eagle bench tune` again"
+                )
+            return config
     return rule(n, k, dtype, weight_dtype, device)
 
 

@@ -119,7 +119,7 @@ def evaluate_posterior_seeded(
     """`evaluate_posterior` that draws its own uniforms: Philox of (seed, output position).
 
     seeds: [B] int64, one a sequence; offsets: [B] int64, the output position of the first token to be committed (the
-    tokens generated so far); the path's last must be below 2³¹. A position's uniform does not depend on how many tokens a step commits, so
+    tokens generated so far), at most 2³¹ - P. A position's uniform does not depend on how many tokens a step commits, so
     plain and EAGLE decoding of one seed draw alike; `sampling.philox_uniforms` gives the same numbers. Both are ignored
     when greedy. Raises ValueError as `evaluate_posterior`.
     """
@@ -130,7 +130,7 @@ def evaluate_posterior_seeded(
         check_dense(x, name, logits, (logits.shape[0],), torch.int64)
     if debugging():
         fine = (offsets >= 0) & (offsets <= 2**31 - path)
-        check_values(fine, f"offsets must lie from 0 to 2³¹ - {path}, so that the whole path does", offsets=offsets)
+        check_values(fine, f"offsets must lie from 0 to 2³¹ - {path}", offsets=offsets)
     return _walk(draw_keys(logits, tree.depths, sampling, None, seeds, offsets), tree, path)
 
 

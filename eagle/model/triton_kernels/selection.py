@@ -103,8 +103,13 @@ MEASURED: dict[str, dict[str, tuple[Bound, ...]]] = {"NVIDIA H100": {}}
 """Bounds by measurement, in place of `UNMEASURED`: a part of the GPU's name → op → bounds. An op with no entry is
 served by its kernel at every size; a bound of -1 gives every call to PyTorch. On an H100 the kernels are the faster
 ones in bfloat16 within `LIMITS` (docs/benchmarks/h100), prompts' attention included: 176 µs against SDPA's 220 for 512 rows
-after 8,192 positions of SmolLM2-135M, 551 against 752 for Llama-3.1-8B. float32 products take 1.2 to 2.4 times the library's
-time (IEEE, no tensor cores) and serve all the same: only they give a row of a tree the bits it has alone."""
+after 8,192 positions of SmolLM2-135M, 551 against 752 for Llama-3.1-8B."""
+
+PRODUCTS = ("linear", "gate_up_swiglu", "linear_add_rms_norm")
+
+SLOWER: dict[str, dict[torch.dtype, tuple[str, ...]]] = {"NVIDIA H100": {torch.float32: PRODUCTS}}
+"""A part of the GPU's name → dtype → ops whose kernel takes longer than the library (IEEE products without tensor cores: 1.2
+to 2.4 times). It serves where output is to be exact: only it gives a row of a tree the bits it has alone."""
 
 CASES: dict[str, dict[str, dict[str, int]]] = {
     "attention": {"decoding and trees": {"causal_rows": 1}, "prompts": {"causal_rows": 512}},
@@ -122,10 +127,12 @@ def choose(
     hardware: Hardware,
     request: str = "auto",
     overrides: Mapping[str, str] | None = None,
+    exact: bool = True,
 ) -> Choice:
     """What serves a call of ``op`` with the given sizes (names as in `LIMITS`; one left out counts as small).
 
     request: "auto", "torch" or "triton", for all ops; overrides: the same for single ones, and "flash" for attention.
+    exact: whether a row's bits may not depend on the other rows, even where that is slower (`SLOWER`).
     Raises InvalidInputError for an unknown name, for "triton" where no kernel can run, and for "flash" where
     FlashAttention can't.
     """
@@ -150,6 +157,9 @@ def choose(
     if reason is not None:
         return Choice(op, plain, reason)
     table = measured_table(hardware.name)
+    slower = wanted == "auto" and table is not None and op in SLOWER.get(table, {}).get(dtype, ())
+    if slower and not exact:
+        return Choice(op, plain, f"the library is faster in {_name(dtype)} on {table}, and exact is off")
     source = "no measurement for this GPU yet: by rule" if table is None else f"measured on {table}"
     for bound in bounds(op, hardware, wanted):
         if sizes.get(bound.size, 0) > bound.most:
@@ -162,6 +172,10 @@ def choose(
         return Choice(op, "triton", "FlashAttention, as asked, serves prompts alone")
     if wanted == "triton":
         return Choice(op, "triton", f"as asked{' for this op' if op in overrides else ''}")
+    if slower:
+        return Choice(
+            op, "triton", f"slower than the library in {_name(dtype)} on {table}, but a row's bits are its own"
+        )
     return Choice(op, "triton", source)
 
 
@@ -217,14 +231,14 @@ def flash_lacks(dtype: torch.dtype, hardware: Hardware) -> str | None:
     if hardware.flash.problem is not None:
         return f"{hardware.flash} can't be used: {hardware.flash.problem}"
     if dtype not in flash.DTYPES:
-        return f"FlashAttention takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+        return f"FlashAttention takes float16 and bfloat16, not {_name(dtype)}"
     return None
 
 
 def _unfit(dtype: torch.dtype, hardware: Hardware, wanted: str) -> str | None:
     """Why the PyTorch op serves although kernels run here, or None."""
     if dtype not in DTYPES:
-        return f"the kernels take float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
+        return f"the kernels take float16, bfloat16 and float32, not {_name(dtype)}"
     if hardware.interpreted:
         if wanted == "auto":
             return "TRITON_INTERPRET=1 is for tests, and slow; ask for triton to use it"
@@ -235,6 +249,10 @@ def _unfit(dtype: torch.dtype, hardware: Hardware, wanted: str) -> str | None:
         found = ".".join(map(str, hardware.capability))
         return f"{hardware.name} has compute capability {found}; the kernels need 8.0"
     return None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def check_names(request: str, overrides: Mapping[str, str]) -> None:
@@ -267,13 +285,14 @@ class Plan:
     dtype: torch.dtype
     request: str = "auto"
     overrides: Mapping[str, str] = field(default_factory=dict)
+    exact: bool = True
 
     def wanted(self, op: str) -> str:
         return self.overrides.get(op, self.request)
 
     def choose(self, op: str, sizes: Mapping[str, int]) -> Choice:
         """`choose` under this plan."""
-        return choose(op, self.dtype, sizes, self.hardware, self.request, self.overrides)
+        return choose(op, self.dtype, sizes, self.hardware, self.request, self.overrides, self.exact)
 
     def choices(self, op: str, sizes: Mapping[str, int]) -> list[Choice]:
         """What serves ``op`` in a run of these sizes: one choice, or one for each of its `CASES` where they differ."""

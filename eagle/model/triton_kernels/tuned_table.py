@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from eagle.errors import InvalidInputError
+
 FOLDER = Path(__file__).parent / "tuned"
 VARIABLE = "EAGLE_TUNED"
 DTYPES = {
@@ -25,6 +27,20 @@ DTYPES = {
 }
 FAMILIES = {r"\b(H100|H200|H800|GH200)\b": "NVIDIA H100 80GB HBM3"}
 """Patterns of device names, and the device whose table serves them: Hopper's 132 (PCIe: 114) multiprocessors."""
+
+FIELDS = {
+    "block_n": int,
+    "block_k": int,
+    "split_k": int,
+    "num_warps": int,
+    "num_stages": int,
+    "swap": bool,
+    "tma": bool,
+    "prefetch": int,
+}
+"""Of `linear_config.LinearConfig`; the first two are required."""
+REQUIRED = ("block_n", "block_k", "split_k")
+POWERS = ("block_n", "block_k", "num_warps")
 
 Key = tuple[int, int, torch.dtype, torch.dtype, bool]
 
@@ -46,20 +62,24 @@ def tuned_linears(device_name: str) -> dict[Key, dict[str, int | bool]]:
     """Fields of the linear's configuration by (N, K, dtype of x, of the weight, whether a norm follows);
     empty where nobody measured.
 
-    Raises ValueError for a file that cannot be read as described, or that EAGLE_TUNED names and is not there.
+    Raises InvalidInputError for a file that cannot be read as described, and for one that EAGLE_TUNED names and that is
+    not there or was measured on another kind of GPU.
     """
     shipped = relative(device_name)
     path = FOLDER / file_name(shipped)
     found = _entries(path, shipped) if path.exists() else {}
     if own := os.environ.get(VARIABLE):
-        found |= _entries(Path(own), device_name)
+        found |= _entries(Path(own), device_name, shipped)
     return found
 
 
-def _entries(path: Path, device_name: str) -> dict[Key, dict[str, int | bool]]:
+def _entries(path: Path, *devices: str) -> dict[Key, dict[str, int | bool]]:
     content = _read(path)
-    if content["device"] != device_name:
-        return {}
+    if content["device"] not in devices:
+        raise InvalidInputError(
+            f"{path} was measured on {content['device']}, and this is {devices[0]}: unset {VARIABLE}, or run "
+            "`eagle bench tune` here"
+        )
     return {_key(entry, path): entry["config"] for entry in content["linear"]}
 
 
@@ -67,20 +87,35 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read tuned configurations from {path}: {error}") from None
+        raise InvalidInputError(f"cannot read tuned configurations from {path}: {error}; unset {VARIABLE}?") from None
     if not isinstance(content, dict) or not isinstance(content.get("linear"), list) or "device" not in content:
-        raise ValueError(f"{path} holds no tuned configurations; expected what `eagle bench tune` writes")
+        raise InvalidInputError(f"{path} holds no tuned configurations; expected what `eagle bench tune` writes")
     return content
 
 
 def _key(entry: dict[str, Any], path: Path) -> Key:
     try:
-        config = entry["config"]
-        sizes = (config["block_n"], config["block_k"], config["split_k"], entry["n"], entry["k"])
-        whole = all(type(size) is int and size > 0 for size in sizes)
-        key = (entry["n"], entry["k"], DTYPES[entry["dtype"]], DTYPES[entry["weight_dtype"]], entry["norm_after"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"an entry of {path} lacks or misnames {error}; run `eagle bench tune` again") from None
-    if not whole:
-        raise ValueError(f"an entry of {path} has sizes {sizes}; expected positive whole numbers")
+        config, sizes = entry["config"], (entry["n"], entry["k"])
+        key = (*sizes, DTYPES[entry["dtype"]], DTYPES[entry["weight_dtype"]], entry["norm_after"])
+        missing = [name for name in REQUIRED if name not in config]
+        wrong = [f"{name}: {value!r}" for name, value in config.items() if not _valid(name, value)]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InvalidInputError(f"an entry of {path} lacks or misnames {error}; run `eagle bench tune` again") from None
+    if not all(type(size) is int and size > 0 for size in sizes):
+        raise InvalidInputError(f"an entry of {path} has n and k {sizes}; expected positive whole numbers")
+    if missing or wrong:
+        found = ", ".join([*wrong, *(f"no {name}" for name in missing)])
+        raise InvalidInputError(
+            f"an entry of {path} has {found}; expected {', '.join(FIELDS)}, with {', '.join(POWERS)} powers of two: run "
+            "`eagle bench tune` again"
+        )
     return key
+
+
+def _valid(name: str, value: Any) -> bool:
+    if type(value) is not FIELDS.get(name):
+        return False
+    if FIELDS[name] is bool:
+        return True
+    least = 0 if name == "prefetch" else 1
+    return value >= least and (name not in POWERS or value.bit_count() == 1)
