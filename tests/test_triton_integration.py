@@ -293,3 +293,13 @@ def test_debug_mode_finds_nothing_in_a_whole_generation(model, monkeypatch):
     optimize_eagle_with_triton(model, engine="eager", **ON)  # a capture can't read values on the host
     monkeypatch.setenv("EAGLE_DEBUG", "1")
     assert torch.equal(model.generate(ids, max_new_tokens=4), before)
+
+
+def test_too_few_dimensions_are_refused_by_the_kernel(model):
+    optimize_eagle_with_triton(model, **ON)
+    flat, cache = torch.randn(8, device=DEVICE), torch.randn(1, 2, 16, 8, device=DEVICE)
+    length = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    with pytest.raises(ValueError, match="q "):
+        model.ops.attention(flat, cache, cache, length, scale=1.0)
+    with pytest.raises(ValueError, match="weight"):
+        model.ops.linear(flat[None], flat)

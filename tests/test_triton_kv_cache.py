@@ -164,6 +164,8 @@ def test_debug_mode_reads_the_indices(monkeypatch: pytest.MonkeyPatch) -> None:
     kv_compact(k, k.clone(), whole(torch.tensor([[0, 3, 99]])), whole(torch.tensor([5])), count)
     with pytest.raises(ValueError, match="9 slots"):
         kv_compact(k, k.clone(), whole(torch.tensor([[0, 4, 99]])), whole(torch.tensor([5])), count)
+    with pytest.raises(ValueError, match="9 slots"):
+        kv_compact(k, k.clone(), whole(torch.tensor([[0, 3, 99]])), whole(torch.tensor([5])), -count)
 
 
 def test_slots_outside_the_cache_are_neither_read_nor_written() -> None:

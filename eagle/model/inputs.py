@@ -34,17 +34,16 @@ def check_tree(total_token: int, depth: int, top_k: int, draft_vocab_size: int) 
 def check_sampling(
     temperature: float | None, top_p: float | None, top_k: float | None, *, top_k_first: bool
 ) -> Sampling:
-    """Sampling settings, or InvalidInputError. None means off; so do top_p 0 and 1, and top_k 0."""
-    temperature, top_p, top_k = temperature or 0.0, top_p or 0.0, top_k or 0
-    if not temperature >= 0.0 or temperature == float("inf"):
-        raise InvalidInputError(f"temperature is {temperature}; expected 0 (greedy) or a positive number")
-    if not 0.0 <= top_p <= 1.0:
-        raise InvalidInputError(f"top_p is {top_p}; expected a number from 0 to 1 (0 and 1 both turn it off)")
-    if top_k < 0 or int(top_k) != top_k:
-        raise InvalidInputError(f"top_k is {top_k}; expected a whole number of at least 0 (0 turns it off)")
+    """Sampling settings, or what `Sampling` raises. None means off; so do top_p 0 and 1, and top_k 0."""
+    asked = Sampling(temperature or 0.0, top_p or 0.0, _whole(top_k or 0), top_k_first)
     # The reference treats temperatures up to 1e-5 as greedy.
-    temperature = 0.0 if temperature <= 1e-5 else float(temperature)
-    return Sampling(temperature, float(top_p), int(top_k), top_k_first)
+    temperature = 0.0 if asked.temperature <= 1e-5 else float(asked.temperature)
+    return Sampling(temperature, float(asked.top_p), asked.top_k, top_k_first)
+
+
+def _whole(value: float) -> Any:
+    """An integer for a float such as 50.0; anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def token_rows(input_ids: Any, attention_mask: Any, vocab_size: int) -> list[list[int]]:

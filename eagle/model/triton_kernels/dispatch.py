@@ -133,7 +133,10 @@ class Served:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.bounds:
-            sizes = SIZES[self.op](*args, **kwargs)
+            try:
+                sizes = SIZES[self.op](*args, **kwargs)
+            except (IndexError, ZeroDivisionError):  # too few dimensions, or an empty weight: the kernel tells which
+                return self.kernel(*args, **kwargs)
             for bound in self.bounds:
                 if sizes[bound.size] > bound.most:
                     return self.plain(*args, **kwargs)

@@ -225,7 +225,7 @@ def kv_compact(
     if debugging():
         accepted = torch.arange(path, device=nodes.device) < count[:, None]
         last = kv_len + nodes.masked_fill(~accepted, 0).amax(1)
-        fine = (kv_len >= 0) & (count <= path) & (last < slots) & ((nodes >= 0) | ~accepted).all(1)
+        fine = (kv_len >= 0) & (count >= 0) & (count <= path) & (last < slots) & ((nodes >= 0) | ~accepted).all(1)
         check_values(fine, f"accepted nodes must lie in the cache's {slots} slots", last=last, count=count)
     block_p = triton.next_power_of_2(path)
     wide = triton.next_power_of_2(max(size, v.shape[4]))
