@@ -21,6 +21,7 @@ from eagle.model.ops import mask_words
 from eagle.model.tree import ancestor_words
 from eagle.model.triton_kernels.attention import DECODE_ROWS, attention
 from eagle.model.triton_kernels.attention_config import DecodeConfig, decode_config
+from eagle.model.triton_kernels.attention_decode import _copied
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -195,12 +196,14 @@ def test_paths_longer_than_a_block_give_the_bits_of_plain_decoding() -> None:
 
 
 @pytest.mark.usefixtures("ordered_dots")
-def test_deep_paths_give_the_bits_of_plain_decoding() -> None:
-    """Most paths have more nodes than a row reads by itself, and few are chains."""
-    for start in (0, 31, 50):
-        case = tree_case(start, 21, 2, 1, 16, torch.float32, deep=True)
+@pytest.mark.parametrize("starts", [(0, 31, 50)] if DEVICE == "cuda" else [(0,), (31,), (50,)])
+def test_deep_paths_give_the_bits_of_plain_decoding(starts: tuple[int, ...]) -> None:
+    """Most paths have more nodes than a row reads by itself (16 on a GPU, 4 in the interpreter), and few are chains."""
+    nodes = 60 if DEVICE == "cuda" else 21
+    for start in starts:
+        case = tree_case(start, nodes, 2, 1, 16, torch.float32, deep=True)
         assert_equal_to_one_row_at_a_time(*case, scale=0.3)
-        check(torch.float32, 1, 21, 2, 1, 16, start + 21, torch.tensor([start]), tree=True)
+        check(torch.float32, 1, nodes, 2, 1, 16, start + nodes, torch.tensor([start]), tree=True)
 
 
 @pytest.mark.gpu
@@ -291,18 +294,43 @@ def test_rows_of_prefill_do_not_depend_on_the_chunk() -> None:
     assert torch.equal(attention(q[:, :rows], k, v, kv_len, scale=0.2), out[:, :rows])
 
 
-def test_what_fixes_the_bits_does_not_follow_rows_or_slots() -> None:
+def test_what_fixes_the_bits_does_not_follow_the_rows() -> None:
     def configs(size: int, dtype: torch.dtype, capability: tuple[int, int]) -> list[DecodeConfig]:
-        sizes = [(4 * t, s) for t in (1, 16, 17, 60, 256) for s in (100, 9000)]
-        return [decode_config(rows, 4, 8, slots, size, size, dtype, capability) for rows, slots in sizes]
+        return [decode_config(4 * rows, 4, 8, size, size, dtype, capability) for rows in (1, 16, 17, 60, 256)]
 
     for dtype in BOUNDS:
-        for size in (64, 128, 256):
+        for size in (64, 80, 128, 256):
             free = {"prefix_m": 0, "prefix_warps": 0, "stages": 0}
             assert len({replace(c, **free) for c in configs(size, dtype, (9, 0))}) == 1
             assert dtype != torch.float32 or len(set(configs(size, dtype, (9, 0)))) == 1
             for capability in ((8, 0), (8, 9), (10, 0), (12, 0)):
                 assert len(set(configs(size, dtype, capability))) == 1
+
+
+def test_which_caches_are_rows_of_one_matrix() -> None:
+    whole = torch.empty(2, 3, 40, 64, dtype=torch.float16)
+    assert all(map(_copied, (whole, whole[:, :, :17], whole[1:, 1:])))
+    assert not _copied(whole.transpose(1, 2))
+    assert not _copied(torch.empty(2, 3, 40, 65, dtype=torch.float16)[..., :64])
+    assert not _copied(torch.empty(2, 3, 40 * 64 + 8, dtype=torch.float16)[..., 8:].unflatten(-1, (40, 64)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("size", [64, 128])
+def test_gpu_copied_blocks_give_the_bits_of_loaded_ones(size: int) -> None:
+    lengths = torch.tensor([700, 391], device=DEVICE)
+    q, k, v = new_case(2, 60, 8, 2, size, 900, torch.bfloat16, lengths)
+    words = ancestor_words(random_parents(2, 60), 60).to(DEVICE)
+    odd = []
+    for cache in (k, v):
+        odd.append(torch.full((*cache.shape[:3], size + 2), float("nan"), dtype=cache.dtype, device=DEVICE)[..., :size])
+        odd[-1].copy_(cache)
+    assert (_copied(k[:, :, :850]), _copied(odd[0])) == (True, False)
+    for rows in (60, 1):
+        mask = words[:, :rows].contiguous()
+        wanted = attention(q[:, :rows], *odd, lengths, mask, scale=0.1)
+        assert torch.equal(attention(q[:, :rows], k[:, :, :850], v[:, :, :850], lengths, mask, scale=0.1), wanted)
 
 
 def good_arguments() -> dict:

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from torch import nn
 from transformers import PreTrainedModel
 
-from eagle.engine.memory import check_room_for_copies
+from eagle.engine.memory import allocator_line, check_room_for_copies, is_out_of_memory
 from eagle.engine.session import Session
 from eagle.engine.settings import EngineSettings
-from eagle.errors import EagleError, UnsupportedModelError
+from eagle.errors import EagleError, OutOfMemoryError, UnsupportedModelError
 from eagle.model.drafts import DraftModel
 from eagle.model.fused_draft import FusedDraft
 from eagle.model.fused_support import Unfusable
@@ -61,15 +61,16 @@ class EngineControl:
     def configure_engine(self, settings: EngineSettings) -> None:
         """Choose how steps run, between generations. `optimize_eagle_with_triton` does this for most users.
 
-        Raises InvalidInputError while a generation is open, and UnsupportedModelError where ``settings.fused`` is "on"
-        and the target can't be fused.
+        Raises InvalidInputError while a generation of this thread is open (another thread's is waited for),
+        UnsupportedModelError where ``settings.fused`` is "on" and the target can't be fused, and OutOfMemoryError where
+        packing runs out of memory. The settings are then what they were.
         """
         with self._session.exclusive():
             before = self._session.settings
             try:
-                draft = self._apply(settings)
-            except EagleError:
-                self._switch(before, self._apply(before))
+                draft = self._applied(settings)
+            except BaseException:
+                self._put_back(before)
                 raise
             self._switch(settings, draft)
 
@@ -78,7 +79,30 @@ class EngineControl:
         caller has the session's turn."""
         settings = self._session.settings
         if settings != EngineSettings() and self._seen != fingerprint(self.base_model, self.ea_layer):
-            self._switch(settings, self._apply(settings, anew=True))
+            self._seen = ()  # until all is done: where it fails, the next generation begins here again
+            self._switch(settings, self._applied(settings, anew=True))
+
+    def _put_back(self, settings: EngineSettings) -> None:
+        """Return to ``settings`` after a change that failed. What can't be fused again now is left to `_refresh`, which
+        fuses it before the next generation or says why not."""
+        try:
+            self._switch(settings, self._apply(settings))
+        except (EagleError, RuntimeError):
+            self._session.configure(settings, self.ea_layer)
+            self._seen = ()
+
+    def _applied(self, settings: EngineSettings, *, anew: bool = False) -> DraftModel | FusedDraft:
+        """`_apply`, with an allocator's error as OutOfMemoryError; what was kept between calls then makes room."""
+        try:
+            return self._apply(settings, anew=anew)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self._session.forget()
+            raise OutOfMemoryError(
+                f"packing the weights of target and head ran out of memory ({allocator_line(error)}); caches and captures "
+                "have been given back: try again, or pass fused='off'"
+            ) from error
 
     def _switch(self, settings: EngineSettings, draft: DraftModel | FusedDraft) -> None:
         self._session.configure(settings, draft)

@@ -19,8 +19,7 @@ class ReferenceMethods:
     """``eagenerate`` and its kin (SafeAILab/EAGLE, ``eagle/model/ea_model.py``), on top of ``EaModel.stream``."""
 
     tokenizer: PreTrainedTokenizerBase | None
-    last_stats: GenerationStats | None
-    stream: Callable[..., Generator[list[list[int]], None, None]]
+    _stream: Callable[..., tuple[Generator[list[list[int]], None, None], GenerationStats]]
     _eos_ids: Callable[[Any], set[int]]
 
     def eagenerate(
@@ -36,8 +35,10 @@ class ReferenceMethods:
     ) -> Any:
         """The reference's method: prompt and new tokens [1, T + new]; with ``log`` also the number of new tokens and the
         index of the last step. Sampling cuts by top_p before top_k, from torch's global generator."""
-        steps = self.ea_generate(input_ids, temperature, top_p, top_k, max_new_tokens, max_length, is_llama3=is_llama3)
-        return self._logged(deque(steps, maxlen=1).pop(), input_ids, log)
+        steps, stats = self._reference_steps(
+            input_ids, temperature, top_p, top_k, max_new_tokens, max_length, is_llama3, speculative=True
+        )
+        return _logged(deque(steps, maxlen=1).pop(), input_ids, stats, log)
 
     def naivegenerate(
         self,
@@ -51,10 +52,10 @@ class ReferenceMethods:
         is_llama3: bool = False,
     ) -> Any:
         """Plain decoding with `eagenerate`'s parameters and return values."""
-        steps = self.naive_generate(
-            input_ids, temperature, top_p, top_k, max_new_tokens, max_length, is_llama3=is_llama3
+        steps, stats = self._reference_steps(
+            input_ids, temperature, top_p, top_k, max_new_tokens, max_length, is_llama3, speculative=False
         )
-        return self._logged(deque(steps, maxlen=1).pop(), input_ids, log, first_step=1)
+        return _logged(deque(steps, maxlen=1).pop(), input_ids, stats, log, first_step=1)
 
     def ea_generate(
         self,
@@ -68,9 +69,10 @@ class ReferenceMethods:
         is_llama3: bool = False,
     ) -> Iterator[torch.Tensor]:
         """The reference's streaming method: yields prompt and tokens so far [1, T + n] after every step."""
-        return self._reference_steps(
+        steps, _ = self._reference_steps(
             input_ids, temperature, top_p, top_k, max_new_tokens, max_length, is_llama3, speculative=True
         )
+        return steps
 
     def naive_generate(
         self,
@@ -84,9 +86,10 @@ class ReferenceMethods:
         is_llama3: bool = False,
     ) -> Iterator[torch.Tensor]:
         """Plain decoding with `ea_generate`'s parameters and return values."""
-        return self._reference_steps(
+        steps, _ = self._reference_steps(
             input_ids, temperature, top_p, top_k, max_new_tokens, max_length, is_llama3, speculative=False
         )
+        return steps
 
     def _reference_steps(
         self,
@@ -98,7 +101,7 @@ class ReferenceMethods:
         max_length: int,
         is_llama3: bool,
         speculative: bool,
-    ) -> Iterator[torch.Tensor]:
+    ) -> tuple[Iterator[torch.Tensor], GenerationStats]:
         output = as_batch(input_ids)
         if output.shape[0] != 1:
             raise InvalidInputError(f"this method takes one sequence, got {output.shape[0]}; use generate for a batch")
@@ -108,7 +111,7 @@ class ReferenceMethods:
             if is_llama3:
                 extra.append(self.tokenizer.convert_tokens_to_ids("<|eot_id|>"))
             eos |= {token for token in extra if token is not None}
-        steps = self.stream(
+        steps, stats = self._stream(
             input_ids,
             max_new_tokens=max_new_tokens,
             max_length=max_length,
@@ -124,9 +127,12 @@ class ReferenceMethods:
                     so_far = torch.cat((so_far, torch.tensor([new[0]], device=so_far.device)), dim=1)
                     yield so_far
 
-        return outputs()
+        return outputs(), stats
 
-    def _logged(self, output: torch.Tensor, input_ids: torch.Tensor, log: bool, first_step: int = 0) -> Any:
-        """The reference counts steps from 0, and plain decoding's first token as a step of its own."""
-        new_tokens = output.shape[1] - as_batch(input_ids).shape[1]
-        return (output, new_tokens, max(0, self.last_stats.steps - 1 + first_step)) if log else output
+
+def _logged(
+    output: torch.Tensor, input_ids: torch.Tensor, stats: GenerationStats, log: bool, first_step: int = 0
+) -> Any:
+    """The reference counts steps from 0, and plain decoding's first token as a step of its own."""
+    new_tokens = output.shape[1] - as_batch(input_ids).shape[1]
+    return (output, new_tokens, max(0, stats.steps - 1 + first_step)) if log else output

@@ -27,16 +27,18 @@ class Switch:
         self.plan: Plan | None = model.kernel_plan
 
     def __call__(self, model: EaModel) -> None:
-        """Undo. Raises InvalidInputError for another model than the one switched, and while a generation is open."""
+        """Undo. Raises InvalidInputError for another model than the one switched, and while this thread has a generation
+        open; another thread's is waited for."""
         if self._model() is not model:
             raise InvalidInputError("these original methods are another model's; pass the model they came with")
-        if self not in model.switches:
-            return
-        place = model.switches.index(self)
-        if self.settings != model.engine:
-            model.configure_engine(self.settings)
-        ops = model.ops
-        for switch in reversed(model.switches[place:]):
-            ops = ops.replaced(**switch.functions)
-        model.ops, model.kernel_plan = ops, self.plan
-        del model.switches[place:]
+        with model._session.exclusive():
+            if self not in model.switches:
+                return
+            place = model.switches.index(self)
+            if self.settings != model.engine:
+                model.configure_engine(self.settings)
+            ops = model.ops
+            for switch in reversed(model.switches[place:]):
+                ops = ops.replaced(**switch.functions)
+            model.ops, model.kernel_plan = ops, self.plan
+            del model.switches[place:]

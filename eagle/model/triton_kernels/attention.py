@@ -58,9 +58,9 @@ def attention(
     if tree_words is None and rows > DECODE_ROWS:
         config = prefill_config(size, v_size, q.dtype, capability)
         return prefill_attention(q, k_cache, v_cache, kv_len, scale, window, softcap, config)
-    kv_heads, slots = k_cache.shape[1:3]
+    kv_heads = k_cache.shape[1]
     group = q.shape[2] // kv_heads
-    config = decode_config(rows * group, group, kv_heads, slots, size, v_size, q.dtype, capability)
+    config = decode_config(rows * group, group, kv_heads, size, v_size, q.dtype, capability)
     return decode_attention(q, k_cache, v_cache, kv_len, tree_words, scale, window, softcap, config)
 
 

@@ -2,8 +2,8 @@
 
 What must not vary for decoding to be bit for bit the same with and without a tree: ``block_n``, ``splits``, ``tail``,
 ``path_warps`` and ``narrow_states`` depend on the model (dtype, head sizes, heads) and the device, never on the number
-of rows, the batch or the cache bound. ``prefix_m`` may follow rows and cache bound only where a row's arithmetic does
-not depend on the tile's height. That is so for Hopper's wgmma, where Triton stacks all warps along M: each row lies
+of rows, the batch or the cache bound. ``prefix_m`` may follow the rows only where a row's arithmetic does not depend on
+the tile's height. That is so for Hopper's wgmma, where Triton stacks all warps along M: each row lies
 inside one warp and is reduced in one order. Elsewhere (mma.sync, float32 on the ordinary units) the compiler spreads
 the warps of a 64-row tile along N and those of a taller one along M, so the height is fixed.
 
@@ -29,10 +29,6 @@ PATH_HEADS = 16
 TAIL = 16
 """A row's last keys, which it reads by itself. Paths of the usual trees (depth 5 to 10) fit: all rows share the body."""
 
-SHORT_SLOTS = 2048
-"""Cache bound up to which tiles stay low: more programs at once count for more than reading the cache fewer times.
-32 / 8 heads of 128: [64] 10.0 and 38.4, [128] 11.3 and 30.1."""
-
 REGISTERS = {64: 128, 128: 168}
 """By head size, what the loop over whole blocks needs on Hopper. Without the cap the compiler takes 255 for the turns
 of deep paths, and the path kernel finds no room beside: 12.1 with, 15.8 without (heads of 128). It spills there only.
@@ -46,6 +42,7 @@ class DecodeConfig:
     prefix_m: int  # rows × group heads a program of the prefix kernel holds
     prefix_warps: int
     stages: int
+    copier: bool  # Hopper's copy engine brings whole blocks, where the cache's strides allow; the bits are the same
     prefix_registers: int | None  # most a thread may use
     block_n: int  # cache positions a step
     splits: int  # block j is split j mod splits' work
@@ -69,24 +66,24 @@ def decode_config(
     rows: int,
     group: int,
     kv_heads: int,
-    slots: int,
     size: int,
     v_size: int,
     dtype: torch.dtype,
     capability: tuple[int, int] | None,
 ) -> DecodeConfig:
-    """rows: tree rows × ``group``, the query heads of a kv head; slots: the cache bound; capability: the device's, None
-    in the interpreter."""
+    """rows: tree rows × ``group``, the query heads of a kv head; capability: the device's, None in the
+    interpreter."""
     wide = max(16, triton.next_power_of_2(max(size, v_size)))
     half = dtype != torch.float32
     heads = min(triton.next_power_of_2(group), PATH_HEADS)
     splits = _splits(kv_heads) if capability is not None else 4
 
-    def config(prefix_m: int, warps: int, stages: int, block_n: int) -> DecodeConfig:
+    def config(prefix_m: int, warps: int, stages: int, block_n: int, copier: bool = False) -> DecodeConfig:
         return DecodeConfig(
             prefix_m,
             warps,
             stages,
+            copier,
             REGISTERS.get(wide) if hopper and half else None,
             block_n,
             splits=splits,
@@ -106,8 +103,14 @@ def decode_config(
         return config(16, 4, 2, block_n=32) if wide <= 64 else config(16, 8, 1, block_n=16)
     stages = 3 if capability in LARGE_SHARED_MEMORY and wide <= 128 else 2
     block_n = 64 if wide <= 128 else 32  # with [64, 256] accumulators, longer blocks spill
-    if hopper and rows > 64 and wide > 64:  # heads of 64: [64] 6.4 and 13.9, [128] 6.8 and 14.9
-        return config(64, 4, 2, block_n) if slots <= SHORT_SLOTS else config(128, 8, stages, block_n)
+    if hopper and wide == size == v_size and wide in REGISTERS:
+        # Heads of 128, by the copy engine: [128] 10.2 and 26.7; by pointers: [64] 10.0 and 38.4, [128] 11.3 and 29.5.
+        # Warp specialisation (Gluon, a producer and two consumers of 64 rows) came to 11.4 and 28.1.
+        # Heads of 64: [64] 5.6 and 12.1, by pointers 5.7 and 12.3, [128] 6.8 and 14.9.
+        tall = rows > 64 and wide > 64
+        return config(128 if tall else 64, 8 if tall else 4, stages + tall, block_n, copier=True)
+    if hopper and rows > 64 and wide > 64:
+        return config(128, 8, stages, block_n)
     return config(64, 4, stages, block_n)
 
 

@@ -20,12 +20,16 @@ from __future__ import annotations
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from eagle.model.triton_kernels.attention_config import PATH_HEADS, DecodeConfig
 from eagle.model.triton_kernels.attention_path import path_kernel
 from eagle.model.triton_kernels.attention_prefix import prefix_kernel
 
 LOG2E = 1.4426950408889634
+
+COPY_ALIGNMENT = 16
+"""Bytes: of start and rows, for Hopper's copy engine."""
 
 
 def decode_attention(
@@ -69,10 +73,14 @@ def decode_attention(
         "PDL": config.overlap,
     }
     tensors = (q, k_cache, v_cache, kv_len, words, states, stats)
+    copiers = (None, None)
+    if config.copier and all(map(_copied, (k_cache, v_cache))):
+        copiers = tuple(_copier(cache, config.block_n) for cache in (k_cache, v_cache))
     splits = min(config.splits, triton.cdiv(slots, config.block_n))
     with torch.cuda.device_of(q):
         prefix_kernel[(triton.cdiv(rows * group, config.prefix_m) * batch * kv_heads * splits,)](
             *tensors,
+            *copiers,
             *sizes,
             *strides,
             **shared,
@@ -97,3 +105,20 @@ def decode_attention(
             enable_fp_fusion=False,
         )
     return out
+
+
+def _copied(cache: torch.Tensor) -> bool:
+    """Whether the copy engine can bring blocks of a cache [B, Hkv, S, D] as rows of one matrix."""
+    batch, heads, line, last = cache.stride()
+    whole = last == 1 and batch % line == 0 and heads % line == 0 and cache.shape[3] <= line
+    aligned = (cache.data_ptr() | line * cache.element_size()) % COPY_ALIGNMENT == 0
+    return whole and aligned and cache.shape[0] * batch // line < 2**31
+
+
+def _copier(cache: torch.Tensor, block: int) -> TensorDescriptor:
+    """A descriptor of the cache's rows [.., D], from the first to the last, for blocks of ``block`` of them."""
+    line, size = cache.stride(2), cache.shape[3]
+    rows = 1 + sum(
+        (extent - 1) * (stride // line) for extent, stride in zip(cache.shape[:3], cache.stride(), strict=False)
+    )
+    return TensorDescriptor(cache, [rows, size], [line, 1], [block, size])

@@ -46,6 +46,8 @@ def prefix_kernel(
     words,  # [B, T, W] int64, unused without HAS_TREE
     states,  # [SPLITS + 1, B, Hkv, T * GROUP, Dv] float32 or q's dtype: outputs
     stats,  # [2, SPLITS + 1, B, Hkv, T * GROUP] float32: maxima, sums
+    k_copier,  # descriptors of k and v as rows […, D] and [… , Dv] of strides k_s and v_s for the copy engine, or None
+    v_copier,
     rows,
     batch,
     slots,
@@ -124,19 +126,26 @@ def prefix_kernel(
 
     step: tl.constexpr = SPLITS * BLOCK_N
     whole = tl.maximum(length + 1 - TAIL, 0) // BLOCK_N * BLOCK_N
+    if k_copier is not None:
+        k_line = (b * (k_b // k_s) + head * (k_h // k_s)).to(tl.int32)
+        v_line = (b * (v_b // v_s) + head * (v_h // v_s)).to(tl.int32)
     for at in range(start, whole, step):
         position = at + n
-        slot = position.to(tl.int64)
-        k_at = k_base + slot[:, None] * k_s + d[None, :]
-        v_at = v_base + slot[:, None] * v_s + dv[None, :]
-        if SIZE == BLOCK_D:
-            k_tile = tl.load(k_at)
+        if k_copier is not None:
+            k_tile = k_copier.load([k_line + at, 0])
+            v_tile = v_copier.load([v_line + at, 0])
         else:
-            k_tile = tl.load(k_at, mask=d[None, :] < SIZE, other=0.0)
-        if V_SIZE == BLOCK_DV:
-            v_tile = tl.load(v_at)
-        else:
-            v_tile = tl.load(v_at, mask=dv[None, :] < V_SIZE, other=0.0)
+            slot = position.to(tl.int64)
+            k_at = k_base + slot[:, None] * k_s + d[None, :]
+            v_at = v_base + slot[:, None] * v_s + dv[None, :]
+            if SIZE == BLOCK_D:
+                k_tile = tl.load(k_at)
+            else:
+                k_tile = tl.load(k_at, mask=d[None, :] < SIZE, other=0.0)
+            if V_SIZE == BLOCK_DV:
+                v_tile = tl.load(v_at)
+            else:
+                v_tile = tl.load(v_at, mask=dv[None, :] < V_SIZE, other=0.0)
         seen = own[:, None] - position[None, :] < window
         top, total, acc = attend_block(
             q_tile, k_tile, v_tile, seen, top, total, acc, scale, softcap, HAS_SOFTCAP, HAS_WINDOW

@@ -49,8 +49,9 @@ def optimize_eagle_with_triton(
     serves now.
 
     Raises TypeError for something that is no EaModel, InvalidInputError for a name that does not exist, for "triton"
-    where no kernel can run, for "flash" where FlashAttention can't serve and while a generation is open, and
-    UnsupportedModelError for ``fused="on"`` or a target_dtype where the target can't be fused. The model is then as it was.
+    where no kernel can run, for "flash" where FlashAttention can't serve and while a generation of this thread is open
+    (another thread's is waited for), UnsupportedModelError for ``fused="on"`` or a target_dtype where the target can't be
+    fused, and OutOfMemoryError where there is no room for packing. The model is then as it was.
     """
     _check_model(model, "optimize_eagle_with_triton")
     settings = EngineSettings(engine, fused, exact, draft_dtype, target_dtype)
@@ -66,16 +67,17 @@ def optimize_eagle_with_triton(
         if isinstance(ops.linear, Served) and plan.hardware.kind == "cuda":
             tuned_linears(plan.hardware.name)  # a table that can't be read is told now, not in the first generation
     settings = _settled(settings, model, ops)
-    functions = {op: getattr(model.ops, op) for op in OPS if getattr(ops, op) is not getattr(model.ops, op)}
-    switch = Switch(model, functions)
-    again = settings != model.engine or model.engine_trouble is not None
-    if again:
-        model.configure_engine(settings)
-    model.ops, model.kernel_plan = ops, plan
-    if not (again or functions):
-        return model, {}
-    model.switches.append(switch)
-    return model, {ENGINE: switch, **functions}
+    with model._session.exclusive():  # no generation sees the ops of one call with the engine of another
+        functions = {op: getattr(model.ops, op) for op in OPS if getattr(ops, op) is not getattr(model.ops, op)}
+        switch = Switch(model, functions)
+        again = settings != model.engine or model.engine_trouble is not None
+        if again:
+            model.configure_engine(settings)
+        model.ops, model.kernel_plan = ops, plan
+        if not (again or functions):
+            return model, {}
+        model.switches.append(switch)
+        return model, {ENGINE: switch, **functions}
 
 
 def restore_eagle(model: EaModel, original_methods: Mapping[str, Callable[..., Any]]) -> EaModel:
@@ -102,9 +104,12 @@ def restore_eagle(model: EaModel, original_methods: Mapping[str, Callable[..., A
     if switch is not None:
         switch(model)
     elif functions:
-        model.ops = model.ops.replaced(**functions)
-        left = [function.plan for function in (getattr(model.ops, op) for op in OPS) if isinstance(function, Served)]
-        model.kernel_plan = left[0] if left else None
+        with model._session.exclusive():
+            model.ops = model.ops.replaced(**functions)
+            left = [
+                function.plan for function in (getattr(model.ops, op) for op in OPS) if isinstance(function, Served)
+            ]
+            model.kernel_plan = left[0] if left else None
     return model
 
 
