@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -394,3 +395,12 @@ def test_launches_that_overlap_wait_for_each_other(k: int) -> None:
         out.zero_()
         graph.replay()
         assert torch.equal(out, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_new_thread_can_begin_with_a_product() -> None:
+    x, weight = torch.randn(64, 256, device="cuda").half(), torch.randn(128, 256, device="cuda").half()
+    wanted = linear(x, weight)
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(linear, x, weight).result(), wanted)

@@ -25,11 +25,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from eagle.model.triton_kernels.attention_config import PATH_HEADS, DecodeConfig
 from eagle.model.triton_kernels.attention_path import path_kernel
 from eagle.model.triton_kernels.attention_prefix import prefix_kernel
+from eagle.model.triton_kernels.descriptor import aligned, rows_descriptor
 
 LOG2E = 1.4426950408889634
-
-COPY_ALIGNMENT = 16
-"""Bytes: of start and rows, for Hopper's copy engine."""
 
 
 def decode_attention(
@@ -111,14 +109,11 @@ def _copied(cache: torch.Tensor) -> bool:
     """Whether the copy engine can bring blocks of a cache [B, Hkv, S, D] as rows of one matrix."""
     batch, heads, line, last = cache.stride()
     whole = last == 1 and batch % line == 0 and heads % line == 0 and cache.shape[3] <= line
-    aligned = (cache.data_ptr() | line * cache.element_size()) % COPY_ALIGNMENT == 0
-    return whole and aligned and cache.shape[0] * batch // line < 2**31
+    return whole and aligned(cache, line) and cache.shape[0] * batch // line < 2**31
 
 
 def _copier(cache: torch.Tensor, block: int) -> TensorDescriptor:
-    """A descriptor of the cache's rows [.., D], from the first to the last, for blocks of ``block`` of them."""
-    line, size = cache.stride(2), cache.shape[3]
-    rows = 1 + sum(
-        (extent - 1) * (stride // line) for extent, stride in zip(cache.shape[:3], cache.stride(), strict=False)
-    )
-    return TensorDescriptor(cache, [rows, size], [line, 1], [block, size])
+    """A descriptor of the cache's rows [..., D], from the first to the last, for blocks of ``block`` of them."""
+    line, extents = cache.stride(2), zip(cache.shape[:3], cache.stride(), strict=False)
+    rows = 1 + sum((extent - 1) * (stride // line) for extent, stride in extents)
+    return rows_descriptor(cache, rows, line, (block, cache.shape[3]))

@@ -30,6 +30,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from eagle.model.triton_kernels import norm
+from eagle.model.triton_kernels.descriptor import aligned, rows_descriptor
 from eagle.model.triton_kernels.linear_config import BLOCK_M, LinearConfig, choose, device_traits
 from eagle.model.triton_kernels.linear_kernels import add_norm_kernel, product_kernel, reduce_kernel
 from eagle.model.triton_kernels.overlap import overlaps
@@ -147,14 +148,9 @@ def _config(
     if config is not None:
         return config
     chosen = choose(*weight.shape, x.dtype, weight.dtype, device_traits(x.device), norm_after=norm_after)
-    if chosen.tma and not (_aligned(weight) and _aligned(as_rows(x, "x"))):
+    if chosen.tma and not (all(aligned(rows, rows.stride(0)) for rows in (weight, as_rows(x, "x")))):
         chosen = replace(chosen, tma=False)  # the same sums, by ordinary loads
     return chosen
-
-
-def _aligned(x: torch.Tensor) -> bool:
-    """Whether the copy engine can read x [rows, K]."""
-    return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
 
 
 def _check(
@@ -188,10 +184,10 @@ def _check(
 
 
 def _descriptor(x: torch.Tensor, name: str, block: int, block_k: int) -> TensorDescriptor:
-    if not _aligned(x):
+    if not aligned(x, x.stride(0)):
         found = f"{tuple(x.shape)} {x.dtype} with row stride {x.stride(0)}"
         raise ValueError(f"{name} is {found}; expected 16-byte alignment of start and rows for tma=True")
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [block, block_k])
+    return rows_descriptor(x, x.shape[0], x.stride(0), (block, block_k))
 
 
 def _run(
