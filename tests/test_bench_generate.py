@@ -11,6 +11,7 @@ import torch
 from tiny import tiny_eagle
 from tiny_folder import save_pair
 
+from eagle import __version__
 from eagle.bench.generate import closing_lines, measure_prompts, rows
 from eagle.cli import main
 from eagle.errors import InvalidInputError
@@ -83,6 +84,10 @@ def test_the_command(pair, capsys, tmp_path):
     assert values["eagle"]["new_tokens"] == values["plain"]["new_tokens"] <= 33
     assert len(values["eagle"]["acceptance_by_position"]) == 4
     assert values["gpu"] is ON_GPU
+    assert values["versions"]["eagle-triton-kernels"] == __version__
+    origin = values["provenance"]
+    assert {"date", "commit", "command", "clocks", "device"} <= set(origin)
+    assert (origin["clocks"] is None) is not ON_GPU
     assert ("no GPU" in printed.err) is not ON_GPU
     assert json.loads((tmp_path / "out/generate.json").read_text()) == values
     text = (tmp_path / "out/generate.md").read_text()
@@ -123,6 +128,13 @@ def test_mistakes_get_one_line(arguments, words, capsys):
     assert error.count("\n") == 1
 
 
+def test_a_prompt_too_long_is_named_by_its_line(pair, tmp_path, capsys):
+    path = tmp_path / "prompts.txt"
+    path.write_text("short\n\n" + "x" * 600 + "\n")
+    assert main(["bench", "generate", "--model", str(pair), "--prompts", str(path), "-n", "2"]) == 2
+    assert f"prompt 2 ({path}, line 3) has " in capsys.readouterr().err
+
+
 def test_a_bad_line_is_named(tmp_path, capsys):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "fine"}\n{"prompt": 3}\n')
@@ -135,4 +147,20 @@ def test_an_out_that_is_a_file(pair, tmp_path, capsys):
     taken.write_text("")
     options = ["--model", str(pair), "--limit", "1", "-n", "2", "--tree", "9,2,3", "--out", str(taken)]
     assert main(["bench", "generate", *options]) == 2
-    assert f"cannot write to {taken}" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert f"cannot write to {taken}" in printed.err
+    assert "accept length" not in printed.out, "refused before anything is measured"
+
+
+def test_a_write_that_fails_late_leaves_the_figures_on_the_screen(pair, tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    options = ["--model", str(pair), "--limit", "1", "-n", "2", "--tree", "9,2,3", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(Path, "write_text", full)
+    assert main(["bench", "generate", *options]) == 2
+    printed = capsys.readouterr()
+    assert "accept length" in printed.out
+    assert printed.err.splitlines()[-1].startswith(
+        f"error: cannot write to {tmp_path / 'out'} (No space left on device)"
+    )

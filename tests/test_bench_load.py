@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_pair import NAME, WIDE_SIZES, save_small_pair
 from tiny_folder import save_pair
 
 from eagle.bench import load
 from eagle.bench.load import builds_in_memory, load_for_bench, prepare
-from eagle.errors import InvalidInputError, ModelNotFoundError
+from eagle.errors import InvalidInputError, ModelNotFoundError, OutOfMemoryError
+from eagle.model import locate, memory
+from eagle.model.widened import SIZES, part_bytes, shape_of
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +61,35 @@ def test_widened_models_are_built_on_a_gpu_unless_they_lie_on_disk(name, gpu, on
     assert builds_in_memory(name) is expected
     load_for_bench(name)
     assert asked[0].get("in_memory", False) is expected
+
+
+def test_a_widened_model_too_large_to_load_is_refused_before_it_is_built(tmp_path, monkeypatch):
+    small = save_small_pair(tmp_path / "small")
+    built = []
+
+    def ensure(name, small, progress):
+        built.append(name)
+        return tmp_path / name
+
+    monkeypatch.setenv("EAGLE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(locate, "_small_pair", lambda preset, progress: small)
+    monkeypatch.setattr(locate, "ensure_widened", ensure)
+    monkeypatch.setitem(SIZES, NAME, WIDE_SIZES)
+    target = small.target_parts(small.widening(shape_of(NAME), "cpu", torch.float32))
+    size = sum(part_bytes(part, torch.float32) for part in target)
+    monkeypatch.setattr(memory, "host_memory", lambda: size - 1)
+    for load_it in (lambda: prepare(NAME), lambda: load.EaModel.from_pretrained(NAME)):
+        with pytest.raises(OutOfMemoryError, match=f"the weights of {NAME} take .* in float32, and this machine has"):
+            load_it()
+    assert not built
+    with pytest.raises(ModelNotFoundError):  # the made-up folder does not exist
+        prepare(NAME, dtype="bfloat16")
+    monkeypatch.setattr(memory, "host_memory", lambda: size)
+    with pytest.raises(ModelNotFoundError):
+        prepare(NAME)
+    locate.locate(NAME)  # to fetch: nobody loads it here
+    assert built == [NAME] * 3
 
 
 class FakeModel:

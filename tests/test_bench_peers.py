@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -12,9 +13,24 @@ import torch
 from fake_engines import write_engines
 from tiny_folder import save_pair
 
+import eagle
 from eagle.bench import peer_worker
-from eagle.bench.peers import ABSENT, FAILED, MEASURED, PLAIN, Peer, Work, known_peers, last_error, measure_peers
+from eagle.bench.peers import (
+    ABSENT,
+    DISTRIBUTIONS,
+    FAILED,
+    MEASURED,
+    PLAIN,
+    Peer,
+    Probe,
+    Work,
+    known_peers,
+    last_error,
+    measure_peers,
+    probe,
+)
 from eagle.cli import main
+from eagle.commands.options import parse_tree
 from eagle.errors import InvalidInputError
 from eagle.model.checkpoint_files import read_tensors
 from eagle.model.checkpoints import load_draft, save_draft
@@ -133,6 +149,35 @@ def test_the_line_that_tells(text, line):
     assert last_error(text) == line
 
 
+def script(folder: Path, text: str) -> str:
+    path = folder / "python"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell script as an interpreter")
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("exit 0", "is no Python that answers"),
+        ("echo hello", "is no Python that answers"),
+        ("echo 3", "is no Python that answers"),
+        ("echo import broke >&2; exit 3", "import broke"),
+        ("exit 3", "ended with exit code 3 and said nothing"),
+    ],
+)
+def test_a_python_that_gives_no_answer_has_failed(tmp_path, text, words):
+    rows = measure_peers(work(), OTHERS[:2], pythons={"vllm": script(tmp_path, text)})
+    assert [row.state for row in rows] == [FAILED, FAILED]
+    assert all(words in row.reason for row in rows)
+
+
+def test_a_checkout_that_is_not_installed_tells_its_version(monkeypatch):
+    monkeypatch.setitem(DISTRIBUTIONS, "eagle", "no-such-distribution")
+    assert probe("eagle", sys.executable) == Probe(MEASURED, eagle.__version__)
+
+
 def test_a_python_that_is_not_there():
     with pytest.raises(InvalidInputError, match="the Python for vllm is '/no/python'"):
         measure_peers(work(), OTHERS, pythons={"vllm": "/no/python"})
@@ -153,6 +198,27 @@ def test_the_worker_runs_this_package_and_transformers_alike(pair):
     assert plain["steps"] == theirs["steps"] == tokens - 3
     assert 0 < tree["steps"] <= plain["steps"]
     assert 0 < lookup["steps"] <= plain["steps"]
+
+
+def test_every_prompt_runs_once_before_the_clock_starts(monkeypatch):
+    ran = []
+
+    class Engine:
+        def __init__(self, request):
+            pass
+
+        def generate(self, ids):
+            ran.append(tuple(ids))
+            return [len(ran)]
+
+        def steps(self):
+            return len(ran)
+
+    monkeypatch.setitem(peer_worker.ENGINES, "vllm", Engine)
+    answer, _ = peer_worker.run({"engine": "vllm", "prompts": PROMPTS})
+    assert ran == [tuple(prompt) for prompt in PROMPTS] * 2
+    assert answer["outputs"] == [[4], [5], [6]]
+    assert answer["steps"] == len(answer["seconds"]) == 3
 
 
 def test_plain_decoding_of_an_engine_comes_first():
@@ -191,15 +257,24 @@ def test_the_command(pair, engines, capsys, monkeypatch, tmp_path):
     engines("vllm")
     monkeypatch.setenv("FAKE_VLLM", "crash")
     command = ["bench", "peers", "--model", str(pair), "--engine", "vllm", "--engine", "sglang", "--quick", "-n", "9"]
-    assert main([*command, "--json", "--logs", str(tmp_path / "logs")]) == 0
+    assert main([*command, "--json", "--logs", str(tmp_path / "logs")]) == 1
     values = json.loads(capsys.readouterr().out)
     assert [row["state"] for row in values["rows"]] == [MEASURED, FAILED] + [ABSENT] * 3
     assert values["prompts"] == 2
+    assert values["gpu"] is torch.cuda.is_available()
+    assert values["dtype"] == ("auto" if values["gpu"] else "float32")
+    assert values["tree"] == list(parse_tree("auto"))
+    assert values["versions"]["eagle-triton-kernels"] == eagle.__version__
+    assert {"date", "commit", "clocks"} <= set(values["provenance"])
     assert len(list((tmp_path / "logs").iterdir())) == 2
-    assert main(command) == 0
+    assert main(command) == 1
     out = capsys.readouterr().out
     assert "ValueError: the head has 32000 rows," in out
     assert "sglang is not installed" in out
+    assert ("figures of a CPU" in out) is not torch.cuda.is_available()
+    assert f", on {values['device']}" in out.splitlines()[0]
+    monkeypatch.setenv("FAKE_VLLM", "")
+    assert main(command) == 0, "an engine that is absent is no failure"
 
 
 @pytest.mark.parametrize(
@@ -209,6 +284,9 @@ def test_the_command(pair, engines, capsys, monkeypatch, tmp_path):
         (["--peer-python", "vllm"], "--peer-python is 'vllm'"),
         (["--peer-python", "ollama=/usr/bin/python"], "the engine is 'ollama'"),
         (["--limit", "0"], "--limit is 0"),
+        (["--peer-timeout", "0"], "--peer-timeout is 0"),
+        (["--peer-timeout", "nan"], "--peer-timeout is nan"),
+        (["--logs", "/proc/x"], "--logs is /proc/x: cannot write to /proc/x"),
         (["--prompts", "no/such"], "cannot read the prompts in no/such"),
     ],
 )

@@ -105,7 +105,8 @@ def test_adding_models_one_by_one(pair, tmp_path, capsys):
     assert "nobody/nothing" in (tmp_path / "report.md").read_text()
     content["models"][str(pair)]["parts"]["generate"] = {"error": "RuntimeError: earlier"}
     (tmp_path / "report.json").write_text(json.dumps(content))
-    assert main([*QUICK, "--models", str(pair), "--add", *out]) == 1
+    assert main([*QUICK, "--models", str(pair), "--add", *out]) == 0, "what earlier runs left does not fail this one"
+    assert "RuntimeError: earlier" in (tmp_path / "report.md").read_text()
     content = read_content(tmp_path / "report.json")
     assert len(content["runs"]) == 2
     assert set(content["models"][str(pair)]["parts"]) == {"roofline", "generate"}
@@ -140,17 +141,22 @@ def test_a_part_that_fails_does_not_take_the_others_along(pair, tmp_path, monkey
 
 
 def test_peers_take_their_place(pair, tmp_path, monkeypatch):
-    from eagle.bench.peers import ABSENT, MEASURED, PeerRow
+    from eagle.bench.peers import ABSENT, FAILED, MEASURED, PeerRow
 
     rows = [
         PeerRow("vllm", "plain", MEASURED, "9.1", prompts=2, new_tokens=12, seconds=2.0, steps=10),
         PeerRow("sglang", "plain", ABSENT, reason="sglang is not installed in /python"),
     ]
     monkeypatch.setattr("eagle.bench.peers.measure_peers", lambda *_, **__: rows)
-    assert main([*QUICK, "--models", str(pair), "--parts", "peers", "--out", str(tmp_path)]) == 0
+    command = [*QUICK, "--models", str(pair), "--parts", "peers", "--out", str(tmp_path)]
+    assert main(command) == 0
+    assert read_content(tmp_path / "report.json")["models"][str(pair)]["parts"]["peers"]["tree"] == [9, 2, 3]
     text = (tmp_path / "report.md").read_text()
     assert "| vllm 9.1 | plain | 6.0 | 200.00 | 1.00 |" in text
     assert "| sglang | plain | absent |" in text
+    rows.append(PeerRow("sglang", "EAGLE", FAILED, reason="ValueError: no"))
+    assert main(command) == 1
+    assert failures(read_content(tmp_path / "report.json")) == [f"{pair}, sglang, EAGLE: ValueError: no"]
 
 
 def kernel_row(**changes) -> dict:
@@ -253,6 +259,7 @@ def test_a_folder_that_is_a_file(tmp_path):
         (["--parts", ","], "--parts is empty"),
         (["--models", " , "], "--models names no model"),
         (["--limit", "0"], "--limit is 0"),
+        (["--peer-timeout", "-1"], "--peer-timeout is -1"),
         (["--peer-python", "x"], "--peer-python is 'x'"),
     ],
 )

@@ -10,6 +10,7 @@ import torch
 from tiny import tiny_eagle
 from tiny_folder import save_pair
 
+from eagle.bench.report_tables import roofline_section
 from eagle.bench.roofline import measure_roofline
 from eagle.bench.step_bytes import step_bytes
 from eagle.cli import main
@@ -46,6 +47,19 @@ def test_floors_are_bytes_over_bandwidth():
 def test_one_token_has_no_step():
     found = measure_roofline(tiny_eagle(), PROMPTS, 1, 25.0)
     assert [row.share for row in found.rows] == [0.0, 0.0]
+    section = roofline_section("m", found.to_json() | {"dtype": "float32", "tree": [1, 1, 1]})
+    assert [row[5:7] for row in section.rows] == [("–", "–")] * 2
+
+
+def test_weights_of_one_byte_are_what_a_step_reads():
+    found = measure_roofline(tiny_eagle(), PROMPTS, 5, 25.0, options={"target_dtype": "int8", "draft_dtype": "int8"})
+    loaded, _, optimised, _ = (row.read for row in found.rows)
+    assert optimised.target_weights < loaded.target_weights / 2
+    assert optimised.draft_weights < loaded.draft_weights / 2
+    section = roofline_section(
+        "m", found.to_json() | {"dtype": "float32", "tree": [1, 1, 1], "target_dtype": "int8", "draft_dtype": "same"}
+    )
+    assert section.notes[0].endswith("optimised: target's weights in int8")
 
 
 def test_optimised_rows_follow_and_the_model_is_restored(monkeypatch):
@@ -65,11 +79,13 @@ def no_bandwidth(monkeypatch):
 
 def test_the_command(pair, capsys, no_bandwidth):
     command = ["bench", "roofline", "--model", str(pair), "-n", "9", "--limit", "2", "--tree", "9,2,3"]
-    assert main([*command, "--json"]) == 0
+    assert main([*command, "--json", "--target-dtype", "int8"]) == 0
     printed = capsys.readouterr()
     [values] = json.loads(printed.out)["models"]
     assert values["rows"][0]["prompts"] == 2
     assert values["tree"] == [9, 2, 3]
+    assert (values["target_dtype"], values["draft_dtype"]) == ("int8", "same")
+    assert {"date", "commit", "clocks"} <= set(values["provenance"])
     assert ("no GPU" in printed.err) is not ON_GPU
     assert main([*command, "--quick"]) == 0
     out = capsys.readouterr().out

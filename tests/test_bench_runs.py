@@ -158,9 +158,30 @@ def test_memory_on_a_gpu_holds_the_weights():
     assert found.new_tokens == 2 * 3 * 9
 
 
+def lengths_of(groups: list[list[list[int]]]) -> list[list[int]]:
+    return [[len(row) for row in group] for group in groups]
+
+
 def test_warm_ups_cover_batch_sizes_and_lengths() -> None:
     alone = [[[1] * length] for length in (3, 30, 33, 64, 65, 2, 40)]
     last = [[[1] * 9, [1] * 5]]
-    assert [[len(row) for row in group] for group in warmups(alone + last, by_length=False)] == [[9, 5], [65]]
-    lengths = [[len(row) for row in group] for group in warmups(alone + last, by_length=True)]
-    assert lengths == [[9, 5], [65], [64], [30], [3], [2]]
+    assert lengths_of(warmups(alone + last, by_chunks=False)) == [[9, 5], [65]]
+    assert lengths_of(warmups(alone + last, by_chunks=True)) == [[9, 5], [65], [64], [30]]
+
+
+def test_warm_ups_cover_every_chunk_of_long_prompts() -> None:
+    alone = [[[1] * length] for length in (1000, 540, 700, 620)]
+    assert lengths_of(warmups(alone, by_chunks=True)) == [[1000], [700], [620], [540]]
+    together = [[[1] * 700, [1] * 540], [[1] * 1000, [1] * 20], [[1] * 600, [1] * 512]]
+    assert lengths_of(warmups(together, by_chunks=True)) == [[1000, 20], [700, 540], [600, 512]]
+
+
+@pytest.mark.parametrize("captures", [True, False])
+def test_warm_ups_run_before_what_counts(captures, monkeypatch) -> None:
+    model, told, ran = tiny_eagle(max_position_embeddings=1024), [], []
+    monkeypatch.setattr(type(model), "captures_steps", captures)
+    stream = model.stream
+    monkeypatch.setattr(model, "stream", lambda group, **options: ran.append(len(group[0])) or stream(group, **options))
+    measure(model, [[3] * 540, [4] * 200], 2, told=lambda *pair: told.append(pair))
+    assert ran == [540, *([200] if captures else []), 540, 200]
+    assert told[-1] == (len(ran), len(ran))

@@ -8,6 +8,7 @@ from tiny import tiny_draft, tiny_eagle, tiny_target
 
 from eagle.bench.step_bytes import step_bytes, tensor_bytes
 from eagle.model.ea_model import EaModel
+from eagle.model.triton_kernels import optimize_eagle_with_triton
 
 H, MLP, V, LAYERS, Q, KV = 16, 24, 17, 4, 16, 8  # tiny_target's sizes
 LAYER = 2 * H + 2 * H * Q + 2 * H * KV + 3 * H * MLP
@@ -65,6 +66,29 @@ def test_half_the_width_half_the_bytes():
     target = tiny_target().to(torch.bfloat16)
     narrow = step_bytes(EaModel(target, tiny_draft(target), total_token=8, depth=2, top_k=3), positions=5)
     assert narrow.total * 2 == wide.total
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_one_byte_copies_count_with_their_scales(tied):
+    model = tiny_eagle(total_token=20, depth=3, top_k=4, tie_word_embeddings=tied)
+    optimize_eagle_with_triton(model, fused="on", target_dtype="int8", draft_dtype="int8")
+    found = step_bytes(model, positions=7)
+    norms, values = 4 * 2 * H, LAYER - 2 * H
+    scales = 4 * (Q + 2 * KV + H + 2 * MLP + H)  # a float32 for each row of qkv, o, gate and up, down
+    assert found.target_weights == LAYERS * (norms + values + scales) + 4 * H + V * H + 4 * V
+    assert found.draft_weights_once == 3 * H * H + 4 * H
+    scales = 4 * (16 + 8 + 8 + H + 2 * 20 + H)
+    assert found.draft_weights_pass == draft_layer(H, 2 * H) + scales + 4 * (3 * H + H) + V * H + 4 * V
+    restored = step_bytes(tiny_eagle(total_token=20, depth=3, top_k=4, tie_word_embeddings=tied), positions=7)
+    assert (found.target_kv, found.draft_kv) == (restored.target_kv, restored.draft_kv)
+
+
+def test_packed_weights_count_as_their_parts():
+    model = tiny_eagle()
+    before = step_bytes(model, positions=7)
+    optimize_eagle_with_triton(model, fused="on")
+    assert model.target.fused is not None
+    assert step_bytes(model, positions=7) == before
 
 
 def test_shared_memory_counts_once():

@@ -73,6 +73,15 @@ def test_cells_and_their_best():
     assert json.loads(json.dumps(cells[0].to_json()))["best"] in ([9, 2, 3], [4, 3, 1])
 
 
+def test_no_cell_is_measured_before_all_prefixes_are_checked():
+    told = []
+    with pytest.raises(InvalidInputError, match="a prefix of 3 tokens has no room"):
+        measure_sweep(
+            tiny_eagle(), encode_small, TEXTS, Grid(TREES, (24, 3), (1,), 4, 1), told=lambda *what: told.append(what)
+        )
+    assert not told
+
+
 def test_no_end_token_ends_a_reply():
     model = tiny_eagle(eos_token_id=5)
     model.base_model.generation_config.eos_token_id = list(range(17))
@@ -128,6 +137,7 @@ def test_the_command(pair, capsys):
         (["--batch", "-1"], "--batch is -1"),
         (["-n", "0"], "--max-new-tokens is 0"),
         (["--tree", "60,7"], "--tree is '60,7'"),
+        (["--tree=-1,3,4"], "--tree is -1,3,4"),
     ],
 )
 def test_mistakes_get_one_line(arguments, words, capsys):

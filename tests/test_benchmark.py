@@ -144,7 +144,8 @@ def test_the_command(pair, capsys, tmp_path):
         (["--prompt", " "], "the prompt is empty"),
         (["--tree", "1,2"], "--tree is '1,2'"),
         (["--plot", "bars.xyz"], "expected a file that ends in"),
-        (["--plot", "README.md/bars.png"], "folder can't be made"),
+        (["--plot", "README.md/bars.png"], "cannot write to"),
+        (["--plot", "/proc/bars.png"], "--plot is /proc/bars.png: cannot write to /proc"),
         (["--num-run", "x"], "--num-run"),
     ],
 )

@@ -13,6 +13,8 @@ from tiny_folder import save_pair
 from eagle.cli import main
 from eagle.commands.chat import Conversation
 from eagle.commands.reply import ReplySettings
+from eagle.engine.cache_store import CacheStore
+from eagle.errors import OutOfMemoryError
 from eagle.model.ea_model import EaModel
 from eagle.model.ops import Sampling
 
@@ -59,6 +61,22 @@ def test_too_long_a_message_does_not_end_the_chat(capsys, monkeypatch, pair):
     assert out.index("nothing has been said yet") < out.index("1 replies")
 
 
+def test_a_reply_that_does_not_fit_leaves_the_conversation_as_it_was(capsys, monkeypatch, pair):
+    original, calls = CacheStore.take, []
+
+    def take(self, *args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OutOfMemoryError("1 sequences of 512 positions need 3.0 GiB; lower max_new_tokens")
+        return original(self, *args)
+
+    monkeypatch.setattr(CacheStore, "take", take)
+    code, out, err = talk(capsys, monkeypatch, pair, "One?\nTwo?\nThree?\n/stats\n")
+    assert code == 0
+    assert err.count("error: 1 sequences of 512 positions") == 1
+    assert "2 replies" in out
+
+
 def test_model_without_template(capsys, monkeypatch, tmp_path):
     code, _, err = talk(capsys, monkeypatch, save_pair(tmp_path, template=None), "Hi\n")
     assert code == 2
@@ -96,16 +114,21 @@ def test_history_keeps_the_tokens_that_the_model_wrote(conversation):
 
 
 def test_ctrl_c_stops_a_reply_and_not_the_chat(conversation, monkeypatch):
-    original = EaModel.stream
+    original = EaModel._stream
     interrupt = True
 
     def stream(self, *args, **kwargs):
-        for index, new in enumerate(original(self, *args, **kwargs)):
-            if index == 2 and interrupt:
-                raise KeyboardInterrupt
-            yield new
+        steps, stats = original(self, *args, **kwargs)
 
-    monkeypatch.setattr(EaModel, "stream", stream)
+        def interrupted():
+            for index, new in enumerate(steps):
+                if index == 2 and interrupt:
+                    raise KeyboardInterrupt
+                yield new
+
+        return interrupted(), stats
+
+    monkeypatch.setattr(EaModel, "_stream", stream)
     stopped = conversation.ask("One?", lambda piece: None)
     interrupt = False
     assert stopped.interrupted

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
 from tiny import tiny_draft, tiny_eagle, tiny_target
 
+from eagle.engine.loop import GenerationStats
 from eagle.errors import InvalidInputError
 from eagle.model.ea_model import EaModel
 from eagle.model.ops import Sampling
@@ -211,6 +213,46 @@ def test_two_threads_take_turns(eagle: EaModel) -> None:
     for thread in threads:
         thread.join(timeout=60)
     assert all(torch.equal(got[index], wanted[index]) for index in (0, 1))
+
+
+def test_each_call_counts_its_own_steps_whatever_other_threads_do(eagle: EaModel) -> None:
+    ids = prompt()
+    alone = eagle.eagenerate(ids, max_new_tokens=60, log=True)[1:]
+    long, short = eagle.ea_generate(ids, max_new_tokens=60), []
+    next(long)
+    worker = threading.Thread(target=lambda: short.append(eagle.eagenerate(ids, max_new_tokens=3, log=True)[1:]))
+    worker.start()  # waits for its turn
+    while eagle.last_stats.prompt_tokens:  # until the worker has made its call
+        time.sleep(0.01)
+    steps, stats = eagle._stream(ids, max_new_tokens=4)
+    assert eagle.last_stats is stats
+    steps.close()
+    taken = sum(1 for _ in long)
+    worker.join(timeout=60)
+    assert short[0][0] == 3
+    assert short[0][1] < 3
+    assert taken == alone[1] + 1
+
+
+def test_a_logged_call_beside_another_thread_counts_its_own_steps(eagle: EaModel, monkeypatch) -> None:
+    ids, found = prompt(), []
+    wanted = eagle.eagenerate(ids, max_new_tokens=40, log=True)[1:]
+    original = EaModel._stream
+
+    def beside(self, *args, **kwargs):
+        steps, stats = original(self, *args, **kwargs)
+
+        def interleaved():
+            yield from steps
+            self.last_stats = GenerationStats(steps=999)  # what another thread's call does
+
+        return interleaved(), stats
+
+    monkeypatch.setattr(EaModel, "_stream", beside)
+    found = eagle.eagenerate(ids, max_new_tokens=40, log=True)[1:]
+    assert found == wanted
+    _, count, last = eagle.naivegenerate(ids, max_new_tokens=7, log=True)
+    assert (count, last) == (7, 6)
 
 
 def test_total_token_can_be_measured() -> None:

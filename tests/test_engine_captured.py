@@ -8,8 +8,9 @@ import pytest
 import torch
 from scipy.stats import chisquare
 from tiny import tiny_draft, tiny_target
-from transformers import LlamaConfig, Qwen2Config
+from transformers import Gemma2Config, LlamaConfig, Phi3Config, Qwen2Config
 
+from eagle.engine.steps import StaticSteps
 from eagle.errors import OutOfMemoryError
 from eagle.model.ea_model import EaModel
 from eagle.model.triton_kernels import optimize_eagle_with_triton, restore_eagle
@@ -100,11 +101,61 @@ def test_replays_do_not_synchronise() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_loop_queues_its_steps_without_synchronising(batch: int, monkeypatch) -> None:
+    eagle = build()
+    optimize_eagle_with_triton(eagle, engine="captured")
+    wanted = eagle.generate(ids := prompt(batch, 9), max_new_tokens=60)
+    queue, queued = StaticSteps.queue, []
+
+    def guarded(self: StaticSteps, longest: int) -> None:
+        queued.append(longest)
+        torch.cuda.set_sync_debug_mode("error" if len(queued) > 1 else "default")
+        try:
+            queue(self, longest)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(StaticSteps, "queue", guarded)
+    assert torch.equal(eagle.generate(ids, max_new_tokens=60), wanted)
+    assert len(queued) > 3
+
+
 def test_a_model_with_other_modules_is_captured_too() -> None:
     eagle = build(config=Qwen2Config)
     wanted = eagle.generate(ids := prompt(1, 20), max_new_tokens=60)
     optimize_eagle_with_triton(eagle, engine="captured", fused="off")
     assert torch.equal(eagle.generate(ids, max_new_tokens=60), wanted)
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes"), [(Phi3Config, {}), (Gemma2Config, {"head_dim": 16})], ids=["phi3", "gemma2"]
+)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_class_the_fused_route_does_not_know_is_captured(config, sizes: dict, batch: int) -> None:
+    eagle, ids = build(config=config, **sizes), prompt(batch, 20)
+    wanted = eagle.generate(ids, max_new_tokens=60)
+    optimize_eagle_with_triton(eagle, engine="captured")
+    assert torch.equal(eagle.generate(ids, max_new_tokens=60), wanted)
+    assert torch.equal(eagle.generate(ids, max_new_tokens=60, speculative=False), wanted)
+    assert {step.run.draft is None for step in eagle._session.captures.steps()} == {True, False}
+    report = {choice.op: choice for choice in eagle.kernel_report()}
+    assert report["target"].implementation == "modules"
+    assert config.__name__.removesuffix("Config") in report["target"].reason
+
+
+@pytest.mark.filterwarnings("ignore:.*runs one op at a time")
+def test_rope_that_follows_the_length_is_right_and_reported() -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    eagle, ids = build(rope_parameters=rope, max_position_embeddings=128), prompt(1, 40)
+    wanted = eagle.generate(ids, max_new_tokens=200)
+    assert wanted.shape[1] == 128, "the frequencies change beyond max_position_embeddings"
+    optimize_eagle_with_triton(eagle)
+    for speculative in (True, False):
+        assert torch.equal(eagle.generate(ids, max_new_tokens=200, speculative=speculative), wanted)
+    report = {choice.op: choice for choice in eagle.kernel_report()}
+    assert "'dynamic'" in report["target"].reason
+    assert report["step"].implementation == "captured" or "capture failed" in report["step"].reason
 
 
 def test_a_module_that_synchronises_runs_eagerly_and_the_report_says_why() -> None:

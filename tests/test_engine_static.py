@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from tiny import tiny_draft, tiny_eagle, tiny_target
 
+from eagle.engine import captures
 from eagle.engine.session import Session
 from eagle.engine.settings import EngineSettings
 from eagle.engine.state import StaticState
@@ -121,6 +124,86 @@ def test_batch_sizes_keep_their_captures_and_the_prefix(eagle, monkeypatch) -> N
     assert len(again) == 5
     eagle.generate(two, max_new_tokens=20)
     assert set(eagle._session.captures.steps()) >= steps
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "top_p": 0.9, "seed": 4}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("lengths", [(9, 2, 5), (3, 17, 1, 8, 40)], ids=str)
+@pytest.mark.parametrize("speculative", [True, False], ids=["eagle", "plain"])
+@pytest.mark.parametrize("in_turns", [True, False], ids=["in turns", "together"])
+def test_idle_rows_change_no_token(eagle, lengths, options, speculative, in_turns, monkeypatch) -> None:
+    ids, mask = prompts(*lengths)
+    options = {**options, "attention_mask": mask, "max_new_tokens": 30, "speculative": speculative}
+    wanted, before = eagle.generate(ids, **options), eagle.last_stats
+    ends = {**options, "eos_token_id": int(wanted[1, -12])}
+    ended = eagle.generate(ids, **ends)
+    static(monkeypatch, eagle)
+    if not in_turns:
+        eagle._session.captures.prefill_reason = "not here"
+    for _ in range(2):
+        assert torch.equal(eagle.generate(ids, **options), wanted)
+        assert eagle.last_stats.accept_lengths == before.accept_lengths
+        assert eagle.last_stats.new_tokens == 30 * len(lengths)
+        assert torch.equal(eagle.generate(ids, **ends), ended)
+    (step,) = eagle._session.captures.steps()
+    assert step.run.caches.target.batch == {3: 4, 5: 8}[len(lengths)]
+
+
+def test_batches_and_settings_that_take_turns_are_captured_once(monkeypatch) -> None:
+    eagle = tiny_eagle(6, 1, 3)
+    eagle.exact = True
+    static(monkeypatch, eagle)
+    made: list[str] = []
+    kept = captures._kept
+    monkeypatch.setattr(captures, "_kept", lambda *args: (made.append(type(args[2]).__name__), kept(*args))[1])
+
+    def cycle() -> None:
+        for batch in range(1, 8):
+            eagle.generate(prompts(*[5] * batch)[0], max_new_tokens=3)
+        for tenths in range(5, 14):
+            eagle.generate(prompts(5)[0], max_new_tokens=3, temperature=tenths / 10, seed=1)
+
+    cycle()
+    assert made.count("StaticStep") == 4 + 9  # for batches of 1, 2, 4 and 8 rows; for each temperature
+    made.clear()
+    cycle()
+    assert not made
+
+
+def test_a_step_that_can_not_be_captured_runs_without_idle_rows(eagle, monkeypatch) -> None:
+    ids, mask = prompts(3, 9, 4)
+    wanted = eagle.generate(ids, attention_mask=mask, max_new_tokens=12)
+    monkeypatch.setattr(Session, "replays", property(lambda self: self.captures.step_reason is None))
+    monkeypatch.setattr(captures, "StaticStep", _fails)
+    eagle.configure_engine(EngineSettings("auto", exact=eagle.exact))
+    with pytest.warns(UserWarning, match="one op at a time"):
+        out = eagle.generate(ids, attention_mask=mask, max_new_tokens=12)
+    assert torch.equal(out, wanted)
+    assert eagle._session._store.kept(3) is not None
+
+
+def test_the_targets_device_is_current_while_a_step_runs_and_not_between(eagle, monkeypatch) -> None:
+    current: list[bool] = []
+
+    @contextmanager
+    def on_device(self: Session) -> Iterator[None]:
+        current.append(True)
+        try:
+            yield
+        finally:
+            current.pop()
+
+    monkeypatch.setattr(Session, "_on_device", on_device)
+    static(monkeypatch, eagle)
+    forward, passes = eagle.target.forward, []
+    monkeypatch.setattr(eagle.target, "forward", lambda *a, **k: (passes.append(bool(current)), forward(*a, **k))[1])
+    for _ in eagle.stream(prompts(7)[0], max_new_tokens=12):
+        assert not current
+    stream = eagle.stream(prompts(7)[0], max_new_tokens=12)
+    next(stream)
+    stream.close()
+    assert not current
+    assert len(passes) > 4
+    assert all(passes)
 
 
 @pytest.mark.parametrize("inside_first", [True, False])

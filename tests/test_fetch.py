@@ -1,6 +1,7 @@
 import errno
 import os
 import shutil
+from collections import namedtuple
 
 import pytest
 from test_hub import model_folder
@@ -92,6 +93,18 @@ def test_a_full_disk_leaves_nothing(hub, monkeypatch):
     with pytest.raises(OutOfMemoryError, match="no disk space left"):
         fetch("org/name", hub / "out")
     assert list((hub / "out").iterdir()) == []
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(hub, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(module, "_LINK_FROM_BYTES", 10_000)  # all is copied
+    needed = sum(path.stat().st_size for path in fetch("org/name")[0].iterdir() if path.name != MANIFEST)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - needed + 1, needed - 1))
+    with pytest.raises(OutOfMemoryError, match=r"out takes 0\.\d+ GB, 0\.\d+ GB are free on its disk"):
+        fetch("org/name", hub / "out")
+    assert not (hub / "out").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - needed, needed))
+    fetch("org/name", hub / "out")
 
 
 def test_out_that_cannot_be_written(hub):

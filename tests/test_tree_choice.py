@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import tiny_eagle
 
+from eagle.commands.console import choose_tree
+from eagle.engine.session import Session
 from eagle.engine.settings import EngineSettings
-from eagle.engine.tree_choice import choice_key, measure_trees, remember, remembered
+from eagle.engine.tree_choice import TreeFigures, choice_key, measure_trees, remember, remembered
 from eagle.errors import InvalidInputError
 from eagle.model.ops import TreeShape
 
@@ -46,6 +50,47 @@ def test_a_choice_is_found_again_only_under_its_own_key(tmp_path) -> None:
     with torch.no_grad():
         model.ea_layer.fc.weight.add_(1)
     assert remembered(tmp_path, choice_key(model)) is None
+
+
+def test_a_folder_that_can_not_be_written_costs_the_memory_alone(tmp_path, monkeypatch, capsys) -> None:
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    monkeypatch.setenv("EAGLE_CACHE", str(file))
+    monkeypatch.setattr(Session, "replays", True)
+    monkeypatch.setattr("eagle.commands.reply.encode_prompt", lambda tokenizer, text, raw: [3, 4, 5])
+    best = TreeFigures(SHAPES[1], 100.0, 1.0, 2.0)
+    monkeypatch.setattr("eagle.engine.tree_choice.measure_trees", lambda model, rows, told: [best])
+    model = tiny_eagle(total_token=9, depth=1, top_k=4)
+    choose_tree(model)
+    assert model.tree_shape == SHAPES[1]
+    said = capsys.readouterr().err
+    assert "can't be remembered" in said
+    assert str(file) in said
+
+
+def test_a_choice_that_can_not_be_read_is_measured_again(tmp_path, monkeypatch, capsys) -> None:
+    read_text = Path.read_text
+
+    def fail(self, *args: object, **kwargs: object) -> str:
+        if self.suffix == ".json":
+            raise PermissionError(13, "Permission denied", str(self))
+        return read_text(self, *args, **kwargs)
+
+    monkeypatch.setenv("EAGLE_CACHE", str(tmp_path))
+    monkeypatch.setattr(Session, "replays", True)
+    monkeypatch.setattr("eagle.commands.reply.encode_prompt", lambda tokenizer, text, raw: [3, 4, 5])
+    monkeypatch.setattr(
+        "eagle.engine.tree_choice.measure_trees", lambda *_, **__: [TreeFigures(SHAPES[0], 9.0, 1.0, 2.0)]
+    )
+    model = tiny_eagle(total_token=9, depth=1, top_k=4)
+    remember(tmp_path, choice_key(model), SHAPES[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", fail)
+        patch.setattr("eagle.bench.prompts.read_prompts", list)
+        choose_tree(model)
+    assert model.tree_shape == SHAPES[0]
+    assert "can't be read" in capsys.readouterr().err
+    assert remembered(tmp_path, choice_key(model)) == SHAPES[0]
 
 
 def test_a_damaged_file_is_measured_again(tmp_path) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from eagle.bench.prompts import Prompt
+from eagle.bench.runs import check_prompts
 from eagle.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -120,12 +121,7 @@ def measure_acceptance(
     if batch <= 0:
         raise InvalidInputError(f"the batch is {batch}; expected at least 1")
     rows = [encode(prompt.text) for prompt in prompts]
-    context = model.target.context_length
-    for number, row in enumerate(rows, start=1):
-        if len(row) >= context:
-            raise InvalidInputError(
-                f"prompt {number} has {len(row)} tokens, the model's context is {context}; leave it out"
-            )
+    check_prompts(model, rows, [prompt.place for prompt in prompts])
     report = AcceptReport([PromptResult(prompt.category) for prompt in prompts], model.tree_shape.depth + 1)
     for begin in range(0, len(rows), batch):
         results, ids = report.results[begin : begin + batch], rows[begin : begin + batch]

@@ -14,6 +14,7 @@ from eagle.bench.read_speed import read_gb_s
 from eagle.bench.runs import RunFigures, measure, parting
 from eagle.bench.step_bytes import step_bytes
 from eagle.model.triton_kernels import optimize_eagle_with_triton, restore_eagle
+from eagle.model.triton_kernels.integration import ENGINE
 
 if TYPE_CHECKING:
     from eagle.model.ea_model import EaModel
@@ -148,14 +149,16 @@ def compare(
             ways.append(Way(decoding, ops, figures, read))
 
     told("bandwidth", 0, total)
+    settings = model.engine
     bandwidth = read_gb_s(model.device)
     run(LOADED)
     _, originals = optimize_eagle_with_triton(model)
     try:
         choices = model.kernel_report()
+        changed = tuple(name for name in originals if name != ENGINE or model.engine != settings)
         if originals:
             run(OPTIMISED)
     finally:
         restore_eagle(model, originals)
     served = tuple(dict.fromkeys(choice.op for choice in choices if choice.implementation == "triton"))
-    return Comparison(tuple(ways), tuple(originals), bandwidth, served, "" if served else choices[0].reason)
+    return Comparison(tuple(ways), changed, bandwidth, served, "" if served else choices[0].reason)

@@ -124,6 +124,8 @@ def run_checks(bench: Bench, told: Callable[[str, int, int], None] = lambda name
             if stage is _optimised:
                 _, originals = optimize_eagle_with_triton(model)
             if stage is _restored:
+                if not originals:  # there is nothing to undo, and the plan says why
+                    before["kernel_plan"] = model.kernel_plan
                 restore_eagle(model, originals)
                 check = stage(bench, before)
             else:

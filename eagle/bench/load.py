@@ -9,6 +9,7 @@ import torch
 
 from eagle.errors import InvalidInputError
 from eagle.model.ea_model import EaModel
+from eagle.model.loading import check_widened
 from eagle.model.locate import RANDOM_DRAFT, ensure_local, locate, no_head
 from eagle.model.presets import find_preset
 from eagle.model.widened_folder import widened_folder
@@ -38,10 +39,16 @@ def load_for_bench(
     return model
 
 
-def prepare(name: str, draft: str | None = None) -> None:
-    """Bring the weights to this machine, with progress bars; loading then needs no network. Raises what `locate` and
-    `ensure_local` raise, and ModelNotFoundError for a target without a head."""
-    location = locate(name, draft, in_memory=builds_in_memory(name))
+def prepare(name: str, draft: str | None = None, dtype: str | None = None) -> None:
+    """Bring the weights to this machine, with progress bars; loading in ``dtype`` then needs no network. Raises what
+    `locate`, `ensure_local` and `check_widened` raise, and ModelNotFoundError for a target without a head."""
+    options = {} if dtype is None else {"dtype": dtype}
+    location = locate(
+        name,
+        draft,
+        in_memory=builds_in_memory(name),
+        before_build=lambda wide, small: check_widened(wide, small, options),
+    )
     if location.draft is None:
         raise no_head(location.base)
     ensure_local(location.base, "target model")

@@ -1,8 +1,8 @@
 """One engine, one setting, in a process of its own: ``python peer_worker.py REQUEST.json ANSWER.json``.
 
 It runs under the interpreter in which the engine is installed, which may be another than this package's, so it imports
-nothing but the standard library and the engine. Prompts run one after another, greedily, after one that does not count.
-The arguments are those documented for vLLM 0.26, SGLang 0.5 and transformers 5.
+nothing but the standard library and the engine. Prompts run one after another, greedily, after a round that does not
+count. The arguments are those documented for vLLM 0.26, SGLang 0.5 and transformers 5.
 """
 
 from __future__ import annotations
@@ -145,7 +145,8 @@ def run(request: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     started = time.perf_counter()
     engine = ENGINES[request["engine"]](request)
     load_seconds = time.perf_counter() - started
-    engine.generate(max(request["prompts"], key=len))
+    for ids in request["prompts"]:  # all: engines compile or capture by a prompt's length
+        engine.generate(ids)
     before = engine.steps()
     outputs, seconds = [], []
     for ids in request["prompts"]:

@@ -37,14 +37,16 @@ DISTRIBUTIONS = {
 }
 """Engine (the module's name too) → distribution."""
 PROBE = """
-import importlib.metadata, importlib.util, json, sys
-found = importlib.util.find_spec(sys.argv[1]) is not None
+import importlib, importlib.metadata, importlib.util, json, sys
+found, version = importlib.util.find_spec(sys.argv[1]) is not None, None
 try:
     version = importlib.metadata.version(sys.argv[2])
 except importlib.metadata.PackageNotFoundError:
-    version = None
+    if found:
+        version = getattr(importlib.import_module(sys.argv[1]), "__version__", None)
 print(json.dumps([found, version]))
 """
+PROBE_SECONDS = 120.0
 _ERROR_LINE = re.compile(r"^[\w.]*(Error|Exception|Interrupt|Exit)\b")
 
 
@@ -158,33 +160,51 @@ def measure_peers(
     for engine, python in pythons.items():
         if shutil.which(python) is None:
             raise InvalidInputError(f"the Python for {engine} is {python!r}, which can't be run; give its path")
-    versions: dict[str, tuple[bool, str | None]] = {}
+    probes: dict[str, Probe] = {}
     rows: list[PeerRow] = []
     for index, peer in enumerate(peers):
         told(f"{peer.engine}, {peer.setting}", index, len(peers))
         python = pythons.get(peer.engine, sys.executable)
-        if peer.engine not in versions:
-            versions[peer.engine] = probe(peer.engine, python)
-        found, version = versions[peer.engine]
-        row = PeerRow(peer.engine, peer.setting, MEASURED, version, prompts=len(work.prompts))
-        if found:
+        if peer.engine not in probes:
+            probes[peer.engine] = probe(peer.engine, python)
+        there = probes[peer.engine]
+        row = PeerRow(peer.engine, peer.setting, there.state, there.version, there.reason, prompts=len(work.prompts))
+        if there.state == MEASURED:
             _run(row, peer, work, python, timeout, logs)
             _compare(row, rows)
-        else:
-            row.state, row.reason = ABSENT, f"{peer.engine} is not installed in {python}"
         rows.append(row)
     told("", len(peers), len(peers))
     return rows
 
 
-def probe(engine: str, python: str) -> tuple[bool, str | None]:
-    """Whether ``python`` can import an engine, and which version it has."""
+@dataclass(frozen=True)
+class Probe:
+    """Whether an engine can be run: MEASURED if so, otherwise ABSENT or FAILED with the reason."""
+
+    state: str
+    version: str | None = None
+    reason: str = ""
+
+
+def probe(engine: str, python: str) -> Probe:
+    """Ask ``python`` whether it has an engine, and in which version. One that gives no answer has failed."""
     command = [python, "-c", PROBE, engine, DISTRIBUTIONS.get(engine, engine)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment(python))
-    if done.returncode != 0:
-        return False, None
-    found, version = json.loads(done.stdout.splitlines()[-1])
-    return found, version
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=_environment(python), timeout=PROBE_SECONDS
+        )
+        if done.returncode != 0:
+            said = last_error(done.stderr) or last_error(done.stdout)
+            return Probe(FAILED, reason=said or f"{python} ended with exit code {done.returncode} and said nothing")
+        found, version = json.loads((done.stdout.splitlines() or [""])[-1])
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Probe(FAILED, reason=f"{python} can't be asked for {engine}: {error}"[:300])
+    except (ValueError, TypeError):
+        said = last_error(done.stderr) or last_error(done.stdout)
+        return Probe(FAILED, reason=f"{python} is no Python that answers" + (f": {said}" if said else ""))
+    if not found:
+        return Probe(ABSENT, reason=f"{engine} is not installed in {python}")
+    return Probe(MEASURED, version)
 
 
 def _run(row: PeerRow, peer: Peer, work: Work, python: str, timeout: float, logs: Path | None) -> None:

@@ -14,15 +14,10 @@ def padded_prompts(encode: Encode, texts: list[str], length: int, count: int) ->
     """``count`` prompts of exactly ``length`` tokens each. Prompt i ends with text i, whole where it fits, after as much
     of the texts before it as is needed.
 
-    Raises InvalidInputError where the template alone is as long as ``length``.
+    Raises what `check_prefix` raises.
     """
-    head, tail = _template(encode)
+    head, tail = check_prefix(encode, length)
     room = length - len(head) - len(tail)
-    if room < 1:
-        raise InvalidInputError(
-            f"a prefix of {length} tokens has no room for text: the chat template takes {len(head) + len(tail)}; "
-            f"give at least {len(head) + len(tail) + 1}"
-        )
     end = -len(tail) if tail else None
     prompts = []
     for index in range(count):
@@ -35,6 +30,18 @@ def padded_prompts(encode: Encode, texts: list[str], length: int, count: int) ->
             body = encode(words)[len(head) : end]
         prompts.append([*head, *body[len(body) - room :], *tail])
     return prompts
+
+
+def check_prefix(encode: Encode, length: int) -> tuple[list[int], list[int]]:
+    """The chat template's part of a prompt, before and after the text. Raises InvalidInputError where it is as long as
+    ``length``."""
+    head, tail = _template(encode)
+    if length <= len(head) + len(tail):
+        raise InvalidInputError(
+            f"a prefix of {length} tokens has no room for text: the chat template takes {len(head) + len(tail)}; "
+            f"give at least {len(head) + len(tail) + 1}"
+        )
+    return head, tail
 
 
 def _template(encode: Encode) -> tuple[list[int], list[int]]:

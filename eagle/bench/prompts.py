@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ class Prompt:
 
     text: str
     category: str = NO_CATEGORY
+    place: str = field(default="", compare=False)
+    """The file and the line it comes from."""
 
 
 def read_prompts(path: Path | None = None, limit: int | None = None) -> list[Prompt]:
@@ -46,11 +48,14 @@ def read_prompts(path: Path | None = None, limit: int | None = None) -> list[Pro
             continue
         if as_json is None:
             as_json = line.lstrip().startswith(b"{")
+            if line.lstrip().startswith(b"[") and (path.suffix == ".json" or _is_json(lines)):
+                raise InvalidInputError(f"{path}, line {number}: a JSON array; expected one object a line")
+        place = f"{path}, line {number}"
         try:
             text = line.decode("utf-8")
-            prompts.append(_from_json(text) if as_json else Prompt(text.strip()))
+            prompts.append(_from_json(text, place) if as_json else Prompt(text.strip(), place=place))
         except ValueError as error:
-            raise InvalidInputError(f"{path}, line {number}: {_reason(error)}") from error
+            raise InvalidInputError(f"{place}: {_reason(error)}") from error
         if len(prompts) == limit:
             break
     if not prompts:
@@ -58,14 +63,22 @@ def read_prompts(path: Path | None = None, limit: int | None = None) -> list[Pro
     return prompts
 
 
-def _from_json(line: str) -> Prompt:
+def _is_json(lines: list[bytes]) -> bool:
+    try:
+        json.loads(b"\n".join(lines))
+    except ValueError:
+        return False
+    return True
+
+
+def _from_json(line: str, place: str) -> Prompt:
     entry = json.loads(line)
     if not isinstance(entry, dict):
         raise ValueError('expected a JSON object with "turns" or "prompt"')
     category = entry.get("category", NO_CATEGORY)
     if not isinstance(category, str) or not category:
         raise ValueError(f'"category" is {category!r}; expected a name')
-    return Prompt(_first_turn(entry), category)
+    return Prompt(_first_turn(entry), category, place)
 
 
 def _first_turn(entry: dict[str, Any]) -> str:

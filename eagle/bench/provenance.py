@@ -22,7 +22,7 @@ CLOCKS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "driver_ve
 def provenance(device: torch.device) -> dict[str, Any]:
     """Everything a reader needs to run a measurement again, as JSON values."""
     found: dict[str, Any] = {
-        "command": shlex.join(["eagle", *sys.argv[1:]]),
+        "command": command_line(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": git_commit(),
         "eagle": __version__,
@@ -31,7 +31,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "triton": _triton_version(),
         "cuda": torch.version.cuda,
         "platform": platform.platform(),
-        "device": "CPU, Triton's interpreter",
+        "device": f"CPU ({torch.get_num_threads()} threads)",
     }
     if device.type == "cuda":
         traits = torch.cuda.get_device_properties(device)
@@ -43,6 +43,13 @@ def provenance(device: torch.device) -> dict[str, Any]:
             "l2_mib": round(traits.L2_cache_size / 2**20, 1),
         }
     return found
+
+
+def command_line() -> str:
+    """What was typed: a script of the project by its name, otherwise ``eagle`` and its arguments."""
+    name = Path(sys.argv[0]).name
+    script = name.endswith(".py") and name != "cli.py"
+    return shlex.join([*(["python", name] if script else ["eagle"]), *sys.argv[1:]])
 
 
 def clocks(device: torch.device) -> dict[str, str] | None:

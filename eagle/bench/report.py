@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,18 @@ def record(content: Content, model: str, part: str, result: dict[str, Any]) -> N
     content["models"].setdefault(model, {"parts": {}})["parts"][part] = result
 
 
+def ran(content: Content, models: Sequence[str], parts: Sequence[str]) -> Content:
+    """The content of one run: the models and parts it was asked for, without what earlier runs left beside them."""
+    loads = any(part in MODEL_PARTS for part in parts)
+    kept = {}
+    for name in models:
+        entry = dict(content["models"].get(name, {"parts": {}}))
+        if not loads:
+            entry.pop("error", None)
+        kept[name] = entry | {"parts": {part: entry["parts"][part] for part in parts if part in entry["parts"]}}
+    return content | {"kernels": content["kernels"] if "kernels" in parts else None, "models": kept}
+
+
 def failures(content: Content) -> list[str]:
     """What went wrong, a line each."""
     found = [f"kernel {row['op']}, {row['label']}, {row['dtype']}: {row['reason']}" for row in red_rows(content)]
@@ -75,6 +88,11 @@ def failures(content: Content) -> list[str]:
         if "error" in entry:
             found.append(f"{name}: {entry['error']}")
         found += [f"{name}, {part}: {result['error']}" for part, result in entry["parts"].items() if "error" in result]
+        found += [
+            f"{name}, {row['engine']}, {row['setting']}: {row['reason']}"
+            for row in entry["parts"].get("peers", {}).get("rows", ())
+            if row["state"] == "failed"
+        ]
     return found
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from eagle.bench.accept import measure_acceptance
@@ -15,6 +15,7 @@ from eagle.bench.prefixes import Encode
 from eagle.bench.prompts import Prompt
 from eagle.bench.provenance import clocks
 from eagle.bench.roofline import measure_roofline
+from eagle.bench.runs import check_prompts
 from eagle.bench.sweep import Grid, measure_sweep
 from eagle.errors import EagleError
 from eagle.model.triton_kernels import optimize_eagle_with_triton, restore_eagle
@@ -41,6 +42,8 @@ class Plan:
     """As many of the prompts, spread over them: those as loaded take long."""
     roofline_tokens: int
     accept_batch: int = 1
+    weights: Mapping[str, str | None] = field(default_factory=dict)
+    """``draft_dtype`` and ``target_dtype`` of the optimised model."""
 
 
 class ModelParts:
@@ -56,13 +59,15 @@ class ModelParts:
             "dtype": str(self.model.base_model.dtype).removeprefix("torch."),
             "tree": [shape.total_token, shape.depth, shape.top_k],
             "context": self.model.target.context_length,
+            **{kind: dtype or "same" for kind, dtype in self.plan.weights.items()},
         }
         return common | getattr(self, part)() | {"clocks": clocks(self.model.device)}
 
     def generate(self) -> dict[str, Any]:
         plan = self.plan
         ids = [self.encode(prompt.text) for prompt in plan.prompts]
-        with _optimised(self.model):
+        check_prompts(self.model, ids, [prompt.place for prompt in plan.prompts])
+        with _optimised(self.model, self.plan.weights):
             served = served_line(self.model)
             report = measure_prompts(self.model, ids, plan.max_new_tokens, told=self.told)
         return {"max_new_tokens": plan.max_new_tokens, "served": served} | report.to_json()
@@ -71,12 +76,14 @@ class ModelParts:
         plan = self.plan
         chosen = plan.prompts[:: max(1, len(plan.prompts) // plan.roofline_prompts)][: plan.roofline_prompts]
         ids = [self.encode(prompt.text) for prompt in chosen]
-        found = measure_roofline(self.model, ids, plan.roofline_tokens, self.read_gb_s(), told=self.told)
+        found = measure_roofline(
+            self.model, ids, plan.roofline_tokens, self.read_gb_s(), options=plan.weights, told=self.told
+        )
         return found.to_json()
 
     def sweep(self) -> dict[str, Any]:
         plan = self.plan
-        with _optimised(self.model):
+        with _optimised(self.model, self.plan.weights):
             cells = measure_sweep(
                 self.model, self.encode, [prompt.text for prompt in plan.prompts], plan.grid, told=self.told
             )
@@ -90,7 +97,7 @@ class ModelParts:
             done += count
             self.told("acceptance", done, len(plan.prompts))
 
-        with _optimised(self.model):
+        with _optimised(self.model, self.plan.weights):
             report = measure_acceptance(
                 self.model,
                 plan.prompts,
@@ -103,9 +110,9 @@ class ModelParts:
 
 
 @contextmanager
-def _optimised(model: EaModel) -> Iterator[None]:
+def _optimised(model: EaModel, weights: Mapping[str, str | None]) -> Iterator[None]:
     """Triton kernels and captured steps, where there are any; the model as before afterwards."""
-    _, originals = optimize_eagle_with_triton(model)
+    _, originals = optimize_eagle_with_triton(model, **weights)
     try:
         yield
     finally:

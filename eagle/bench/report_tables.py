@@ -125,7 +125,7 @@ def generate_section(model: str, result: dict[str, Any]) -> Section:
     positions = enumerate(result["eagle"]["acceptance_by_position"], start=1)
     notes = [
         f"{prompts} prompts, at most {result['max_new_tokens']} new tokens each, greedy, one at a time, "
-        f"{result['dtype']}, tree {_tree(result['tree'])}; {result['served']}",
+        f"{result['dtype']}, tree {_tree(result['tree'])}{_weights(result)}; {result['served']}",
         f"speed-up {result['speedup']:.2f}x; outputs identical to plain decoding: {result['identical']} of {prompts}",
         *_parted(result["first_difference"]),
     ]
@@ -147,8 +147,8 @@ def roofline_section(model: str, result: dict[str, Any]) -> Section:
             _gb(row["bytes"]["draft_weights"]),
             _gb(row["bytes"]["target_kv"] + row["bytes"]["draft_kv"]),
             f"{row['floor_ms']:.3f}",
-            f"{row['step_ms']:.3f}",
-            f"{row['share']:.0%}",
+            f"{row['step_ms']:.3f}" if row["steps"] else "–",
+            f"{row['share']:.0%}" if row["steps"] else "–",
             f"{row['tokens_per_second']:.1f}",
             f"{row['accept_length']:.2f}",
             f"{row['identical']} of {row['prompts']}",
@@ -161,7 +161,7 @@ def roofline_section(model: str, result: dict[str, Any]) -> Section:
     )
     notes = [
         f"measured read bandwidth {result['read_gb_per_second']:.1f} GB/s; floor: the bytes a step must read at that "
-        f"bandwidth, {result['dtype']}, tree {_tree(result['tree'])}",
+        f"bandwidth, {result['dtype']}, tree {_tree(result['tree'])}{_weights(result)}",
     ]
     if not any(row["ops"] == "optimised" for row in result["rows"]):
         notes.append("optimising changes nothing here, so there are figures as loaded only")
@@ -204,6 +204,7 @@ def sweep_section(model: str, result: dict[str, Any]) -> Section:
     head = ("prefix", "batch", "tree", "ms a step", "accept length", "tokens/s", "equal to plain")
     notes.append(
         f"{result['new_tokens']} tokens after each prefix, no end token; tokens/s of decoding, over the whole batch"
+        + _weights(result)
     )
     return Section(f"{model}: trees", head, rows, notes, bars)
 
@@ -242,6 +243,8 @@ def peers_section(model: str, result: dict[str, Any]) -> Section:
         f"the same folders and {result['prompts']} prompts, at most {result['max_new_tokens']} new tokens each, greedy, one "
         "at a time, each engine in its own process after a run that does not count; prefill is in the times"
     ]
+    if "dtype" in result:
+        notes[0] += f"; {result['dtype']}, this package's tree {_tree(result['tree'])}"
     return Section(f"{model}: beside other engines", head, rows, notes, [Bars("Tokens/s", "", bars)] if bars else [])
 
 
@@ -256,6 +259,12 @@ MAKERS = {
 
 def _tree(shape: Sequence[int]) -> str:
     return "/".join(map(str, shape))
+
+
+def _weights(result: dict[str, Any]) -> str:
+    """What was asked for as one-byte weights, if anything."""
+    parts = ((part, result.get(f"{part}_dtype", "same")) for part in ("target", "draft"))
+    return "".join(f", optimised: {part}'s weights in {dtype}" for part, dtype in parts if dtype != "same")
 
 
 def _gb(size: int) -> str:

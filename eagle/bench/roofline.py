@@ -6,7 +6,7 @@ plainly. Where optimising changes nothing, as on a CPU, there are only the figur
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -84,11 +84,13 @@ def measure_roofline(
     read_gb_s: float,
     *,
     repeats: int = 1,
+    options: Mapping[str, Any] | None = None,
     told: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Roofline:
     """Measure the ways of ``model``, which comes as loaded and leaves so. read_gb_s: from `eagle.bench.read_speed`.
 
-    told: (what runs, runs done, runs in all). Raises what `measure_prompts` raises.
+    options: of `optimize_eagle_with_triton`. told: (what runs, runs done, runs in all). Raises what `measure_prompts` and
+    optimising raise.
     """
     rows: list[RooflineRow] = []
 
@@ -103,7 +105,7 @@ def measure_roofline(
         rows.extend(_rows(model, prompts, ops, report, read_gb_s))
 
     run(LOADED)
-    _, originals = optimize_eagle_with_triton(model)
+    _, originals = optimize_eagle_with_triton(model, **(options or {}))
     try:
         if originals:
             run(OPTIMISED)

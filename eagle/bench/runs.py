@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from eagle.engine.prefill_graph import chunk_rows
 from eagle.errors import InvalidInputError
 from eagle.model.ops import Sampling
 
@@ -105,9 +106,10 @@ def measure(
     """Run every prompt ``repeats`` times, ``batch`` at a time, and clock it.
 
     warmup: runs beforehand that don't count, as `warmups` chooses them, each so often, so that later ones find memory and
-    whatever is compiled or captured. eos_token_id: end tokens in place of the
-    model's own, () for none. Raises InvalidInputError for counts below 1 (warmup: below 0) and what `EaModel.stream`
-    refuses, naming a prompt too long for the model's context.
+    whatever is compiled or captured. eos_token_id: end tokens in place of the model's own, () for none.
+
+    Raises InvalidInputError for counts below 1 (warmup: below 0) and what `EaModel.stream` refuses, naming a prompt too
+    long for the model's context.
     """
     for name, value, least in (("repeats", repeats, 1), ("warmup", warmup, 0), ("batch", batch, 1)):
         if value < least:
@@ -119,7 +121,7 @@ def measure(
     options["seed"] = None if sampling.greedy else seed
     options["eos_token_id"] = None if eos_token_id is None else tuple(eos_token_id)
     devices = _devices(model)
-    first = warmups(groups, by_length=model.captures_steps) * warmup
+    first = warmups(groups, by_chunks=model.captures_steps) * warmup
     total, done = len(first) + len(groups) * repeats, 0
 
     def run(group: list[list[int]]) -> _Run:
@@ -150,28 +152,30 @@ def measure(
     )
 
 
-def warmups(groups: list[list[list[int]]], *, by_length: bool) -> list[list[list[int]]]:
-    """For each batch size among the groups, largest first, the group with the longest prompt; ``by_length``: one for
-    each power of two of that length too, since chunks of a prompt are captured by their size."""
-    found: dict[tuple[int, int], list[list[int]]] = {}
+def warmups(groups: list[list[list[int]]], *, by_chunks: bool) -> list[list[list[int]]]:
+    """For each batch size among the groups, largest first, the group with the longest prompt; ``by_chunks``: more of
+    them, until each size of captured prompt chunk that the groups of that size need has run."""
+    found, seen = [], set()
     for group in sorted(groups, key=lambda group: (len(group), max(map(len, group))), reverse=True):
-        length = max(map(len, group))
-        found.setdefault((len(group), (length - 1).bit_length() if by_length else 0), group)
-    return list(found.values())
+        sizes = {rows for prompt in group for rows in chunk_rows(len(prompt))} if by_chunks else {0}
+        if missing := {(len(group), rows) for rows in sizes} - seen:
+            seen |= missing
+            found.append(group)
+    return found
 
 
-def check_prompts(model: EaModel, prompts: list[list[int]]) -> None:
-    """Refuse what can't run, with the number of the prompt. Raises InvalidInputError."""
+def check_prompts(model: EaModel, prompts: Sequence[list[int]], places: Sequence[str] = ()) -> None:
+    """Refuse what can't run, with the number of the prompt and, from ``places``, where it comes from. Raises
+    InvalidInputError."""
     if not prompts:
         raise InvalidInputError("there are no prompts to run; give at least one")
     context = model.target.context_length
     for number, prompt in enumerate(prompts, start=1):
+        who = f"prompt {number}" + (f" ({places[number - 1]})" if places and places[number - 1] else "")
         if not prompt:
-            raise InvalidInputError(f"prompt {number} is empty; expected at least one token")
+            raise InvalidInputError(f"{who} is empty; expected at least one token")
         if len(prompt) >= context:
-            raise InvalidInputError(
-                f"prompt {number} has {len(prompt)} tokens, the model's context is {context}; leave it out"
-            )
+            raise InvalidInputError(f"{who} has {len(prompt)} tokens, the model's context is {context}; leave it out")
 
 
 def parting(one: Iterable[int], other: Iterable[int]) -> int | None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from eagle.bench.prefixes import Encode, padded_prompts
+from eagle.bench.prefixes import Encode, check_prefix, padded_prompts
 from eagle.bench.runs import RunFigures, measure, parting
 from eagle.engine.tree_choice import CANDIDATES
 from eagle.errors import OutOfMemoryError
@@ -115,9 +115,11 @@ def measure_sweep(
     """Measure each cell of ``grid``. The model's own tree is left as it was.
 
     A cell beyond the model's context, and a tree the head's vocabulary or the device's memory does not allow, get a
-    reason in place of figures. told: (what runs, trees done, trees in all). Raises what `padded_prompts` and
-    `EaModel.set_tree` raise.
+    reason in place of figures. told: (what runs, trees done, trees in all). Raises what `check_prefix` (before anything is
+    measured) and `EaModel.set_tree` raise.
     """
+    for prefix in grid.prefixes:
+        check_prefix(encode, prefix)
     before, context = model.tree_shape, model.target.context_length
     cells = [Cell(prefix, batch) for prefix in grid.prefixes for batch in grid.batches]
     ways: list[TreeShape | None] = [None, *grid.trees]

@@ -18,6 +18,7 @@ from eagle.commands.bench_roofline import roofline
 from eagle.commands.bench_step import step
 from eagle.commands.bench_sweep import sweep
 from eagle.commands.console import device_name, note, open_model
+from eagle.commands.measuring import settings
 from eagle.commands.options import (
     MODEL_DEFAULT,
     PAPER_TREE,
@@ -95,17 +96,8 @@ def accept(
             advance=lambda count: bar.advance(task, count),
         )
     if as_json:
-        shape = loaded.tree_shape
-        settings = {
-            "model": model,
-            "draft": draft,
-            "tree": [shape.total_token, shape.depth, shape.top_k],
-            "max_new_tokens": max_new_tokens,
-            "batch": batch,
-            "dtype": str(loaded.base_model.dtype).removeprefix("torch."),
-            "device": device_name(loaded.device),
-        }
-        print(json.dumps(settings | report.as_dict(), ensure_ascii=False))
+        asked = {"max_new_tokens": max_new_tokens, "batch": batch, "kernels": kernels.value}
+        print(json.dumps(settings(model, draft, loaded) | asked | report.as_dict(), ensure_ascii=False))
         return
     for line in lines(report):
         print(line)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +27,7 @@ from eagle.commands.options import (
     check_flags,
     parse_tree,
 )
+from eagle.commands.outputs import check_out, writing
 from eagle.commands.reply import encode_prompt, has_template
 
 
@@ -68,6 +67,7 @@ def equality(
     trees = tree or [PAPER_TREE]
     for text in trees:
         check_flags(text, kernels, max_new_tokens)
+    check_out(out)
     chosen = read_prompts(prompts, limit)
     found = []
     settings = {
@@ -81,7 +81,8 @@ def equality(
     for kind in dtype or [Dtype.auto]:
         loaded = open_for_bench(model, draft, trees[0], kind)
         from eagle.bench.equality import compare, lengthened
-        from eagle.bench.provenance import provenance
+        from eagle.bench.provenance import clocks, provenance
+        from eagle.bench.runs import check_prompts
         from eagle.model.ops import TreeShape
         from eagle.model.triton_kernels import optimize_eagle_with_triton
 
@@ -99,6 +100,7 @@ def equality(
         if prefix:
             filler = [token for row in ids for token in row]
             ids = [lengthened(row, filler, prefix) for row in ids]
+        check_prompts(loaded, ids, [prompt.place for prompt in chosen])
         if TREE_DEFAULT in trees:
             choose_tree(loaded)
         shapes = [
@@ -108,13 +110,11 @@ def equality(
         results = compare(loaded, ids, max_new_tokens, shapes, batch or [1], told=lambda row: print(row, flush=True))
         name = str(loaded.target.feature_dtype).removeprefix("torch.")
         found += [settings | {"dtype": name} | result.to_json() for result in results]
-        origin = provenance(loaded.device)
+        origin = provenance(loaded.device) | {"clocks": clocks(loaded.device)}
         del loaded
         gc.collect()  # fused weights lie in cycles, and the next dtype's model needs the memory
     if out is not None:
-        command = shlex.join(["eagle", *sys.argv[1:]])
-        out.parent.mkdir(parents=True, exist_ok=True)
-        values = {"command": command, "provenance": origin, "results": found}
-        out.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        with writing(out):
+            out.write_text(json.dumps({"provenance": origin, "results": found}, indent=1) + "\n", encoding="utf-8")
     if any(row["partings"] for row in found):
         raise typer.Exit(1)

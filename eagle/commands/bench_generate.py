@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from eagle.commands.console import note
+from eagle.commands.console import choose_tree, note
 from eagle.commands.measuring import (
     NO_GPU,
     aligned,
@@ -39,8 +37,8 @@ from eagle.commands.options import (
     WeightDtype,
     check_flags,
 )
+from eagle.commands.outputs import check_out, writing
 from eagle.commands.reply import encode_prompt
-from eagle.errors import EagleError
 
 if TYPE_CHECKING:
     from eagle.bench.generate import GenerateReport
@@ -81,6 +79,7 @@ def generate(
 
     check_counts(batch=batch, num_runs=num_runs)
     check_flags(tree, kernels, max_new_tokens)
+    check_out(out, folder=True)
     chosen = read_prompts(None if prompts == BUILT_IN else Path(prompts), limit)
     if quick:
         # Spread over the set, whose prompts are ordered by kind.
@@ -89,19 +88,22 @@ def generate(
     loaded = open_for_bench(model, draft, tree, dtype)
 
     from eagle.bench.generate import measure_prompts
+    from eagle.bench.runs import check_prompts
     from eagle.model.triton_kernels import optimize_eagle_with_triton
 
     optimize_eagle_with_triton(
         loaded, kernels=kernels.value, draft_dtype=draft_dtype.setting, target_dtype=target_dtype.setting
     )
+    if tree == TREE_DEFAULT:
+        choose_tree(loaded)
     tokenizer, raw = loaded.get_tokenizer(), is_raw(loaded)
     ids = [encode_prompt(tokenizer, prompt.text, raw=raw) for prompt in chosen]
+    check_prompts(loaded, ids, [prompt.place for prompt in chosen])
     if loaded.device.type != "cuda":
         note(NO_GPU)
     with progress() as told:
         report = measure_prompts(loaded, ids, max_new_tokens, repeats=num_runs, batch=batch, told=told)
     asked = {
-        "command": shlex.join(["eagle", *sys.argv[1:]]),
         "prompts": prompts,
         "max_new_tokens": max_new_tokens,
         "batch": batch,
@@ -116,16 +118,16 @@ def generate(
         f"{len(ids)} prompts, at most {max_new_tokens} new tokens each, batch {batch}, {num_runs} run(s) each, greedy",
         kernels_line(loaded),
     ]
+    if as_json:
+        print(json.dumps(values, ensure_ascii=False))
+    else:
+        from eagle.bench.generate import closing_lines, rows
+
+        for line in (*heading, "", *aligned(("", "EAGLE", "plain"), list(rows(report))), "", *closing_lines(report)):
+            print(line)
     if out is not None:
         _write(out, values, heading, report)
         note(f"wrote {out / 'generate.json'} and {out / 'generate.md'}")
-    if as_json:
-        print(json.dumps(values, ensure_ascii=False))
-        return
-    from eagle.bench.generate import closing_lines, rows
-
-    for line in (*heading, "", *aligned(("", "EAGLE", "plain"), list(rows(report))), "", *closing_lines(report)):
-        print(line)
 
 
 def _write(folder: Path, values: dict[str, Any], heading: list[str], report: GenerateReport) -> None:
@@ -133,15 +135,10 @@ def _write(folder: Path, values: dict[str, Any], heading: list[str], report: Gen
 
     table = ["| | EAGLE | plain |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows(report))]
     marked = [] if values["gpu"] else ["", f"**{NO_GPU[0].upper()}{NO_GPU[1:]}.**"]
-    facts = [f"- {line}" for line in (f"`{values['command']}`", *heading)]
+    facts = [f"- {line}" for line in (f"`{values['provenance']['command']}`", *heading)]
     text = "\n".join(
         ["# Generation", "", *facts, *marked, "", *table, "", METHOD, "", "```", *closing_lines(report), "```", ""]
     )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
         (folder / "generate.json").write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         (folder / "generate.md").write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise EagleError(
-            f"cannot write to {folder} ({error.strerror or error}); give another folder as --out"
-        ) from error

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from eagle.commands.outputs import check_out, writing
 from eagle.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def kernels(
     on_gpu = device.type == "cuda"
     _check_seconds(seconds)
     _check_jobs(jobs)
+    check_out(out, folder=True)
     from rich.console import Console
     from rich.table import Table
 
@@ -59,6 +61,8 @@ def kernels(
     if not cases:
         raise InvalidInputError("no case is of those ops, models and dtypes together; leave one of the filters out")
     origin = provenance(device) | {"clocks_before": clocks(device)}
+    if not on_gpu:
+        origin["device"] = "CPU, Triton's interpreter"
     _say(f"{len(cases)} cases on {origin['device']}")
     report = run_cases(
         cases,
@@ -73,8 +77,11 @@ def kernels(
         for row in report.rows:
             table.add_row(*cells(row), style="red" if row.state == RED else None)
         Console().print(table)
-    for line in [*summary(report), *write_report(report, out, origin)]:
+    for line in summary(report):
         print(line)
+    with writing(out):
+        for line in write_report(report, out, origin):
+            print(line)
     if report.count(RED):
         raise typer.Exit(1)
 
@@ -110,14 +117,16 @@ def tune(
     sizes = sizes_of(sizes_models, sizes_dtypes)
     origin = provenance(device) | {"clocks_before": clocks(device)}
     path = out or Path("build/tuned") / file_name(origin["device"])
+    check_out(path)
     _say(f"{len(sizes)} sizes on {origin['device']}")
     done: list[Tuned] = []
 
     def told(result: Tuned | Size, problem: str) -> None:
         if isinstance(result, Tuned):
             done.append(result)
-            write_table(done, path, origin)  # after each size: a run that is cut off leaves what it found
             _say(tuned_line(result))
+            with writing(path):
+                write_table(done, path, origin)  # after each size: a run that is cut off leaves what it found
         else:
             _say(f"{result.label} {result.names[1]}: RED {problem}")
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from eagle.commands.bench_generate import BUILT_IN
-from eagle.commands.console import note, quiet_libraries
-from eagle.commands.measuring import NO_GPU, aligned, check_counts, progress
+from eagle.commands.console import device_name, note, quiet_libraries
+from eagle.commands.measuring import NO_GPU, aligned, check_counts, machine, progress
 from eagle.commands.options import (
     MODEL_DEFAULT,
     TREE_DEFAULT,
@@ -20,15 +20,16 @@ from eagle.commands.options import (
     JsonOption,
     Kernels,
     ModelOption,
-    TreeOption,
     check_flags,
     parse_tree,
 )
+from eagle.commands.outputs import check_out
 from eagle.commands.reply import encode_prompt, has_template
 from eagle.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from eagle.bench.peers import PeerRow
+    import torch
+
     from eagle.bench.prompts import Prompt
 
 PROMPTS, NEW_TOKENS = 8, 128
@@ -39,6 +40,14 @@ PeerPythonOption = Annotated[
         "--peer-python",
         metavar="ENGINE=PATH",
         help="The Python in which an engine is installed, such as vllm=/opt/vllm/bin/python; may be repeated.",
+    ),
+]
+PeerTreeOption = Annotated[
+    str,
+    typer.Option(
+        "--tree",
+        metavar="TOTAL,DEPTH,TOPK",
+        help="This package's draft tree. auto, not measured here: 60,7,10 on a GPU, 8,4,2 on a CPU.",
     ),
 ]
 PeerTimeoutOption = Annotated[
@@ -60,7 +69,7 @@ def peers(
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", "-n", help=f"Default: {NEW_TOKENS}.")
     ] = None,
-    tree: TreeOption = TREE_DEFAULT,
+    tree: PeerTreeOption = TREE_DEFAULT,
     dtype: DtypeOption = Dtype.auto,
     peer_python: PeerPythonOption = None,
     timeout: PeerTimeoutOption = 900.0,
@@ -77,22 +86,36 @@ def peers(
     check_counts(limit=limit, max_new_tokens=max_new_tokens)
     tokens = max_new_tokens or (QUICK_TOKENS if quick else NEW_TOKENS)
     check_flags(tree, Kernels.auto, tokens)
+    check_timeout(timeout)
+    check_out(logs, "--logs", folder=True)
     pythons = peer_pythons(peer_python)
     check_engines(engines)
     every = read_prompts(None if prompts == BUILT_IN else Path(prompts))
     count = min(limit or (QUICK_PROMPTS if quick else PROMPTS), len(every))
     chosen = every[:: max(1, len(every) // count)][:count]
     with progress("engines") as told:
-        rows = run_peers(model, draft, chosen, tokens, tree, dtype, engines, pythons, timeout, logs, told)
-    values = {"model": model, "prompts": len(chosen), "max_new_tokens": tokens, "rows": [row.to_json() for row in rows]}
+        values = run_peers(model, draft, chosen, tokens, tree, dtype, engines, pythons, timeout, logs, told)
     if as_json:
+        values = {"model": model, "draft": draft} | machine(_device()) | values
         print(json.dumps(values, ensure_ascii=False))
-        return
-    from eagle.bench.report_tables import peers_section
+    else:
+        from eagle.bench.report_tables import CPU_MARK, peers_section
 
-    section = peers_section(model, values)
-    for line in (section.title, "", *aligned(section.head, section.rows), "", *section.notes):
-        print(line)
+        section = peers_section(model, values)
+        title = f"{section.title}, on {values['device']}"
+        mark = () if values["gpu"] else (CPU_MARK,)
+        for line in (title, *mark, "", *aligned(section.head, section.rows), "", *section.notes):
+            print(line)
+    from eagle.bench.peers import FAILED
+
+    if any(row["state"] == FAILED for row in values["rows"]):
+        raise typer.Exit(1)
+
+
+def check_timeout(seconds: float) -> None:
+    """Raises InvalidInputError for a --peer-timeout in which nothing can run."""
+    if not seconds > 0:
+        raise InvalidInputError(f"--peer-timeout is {seconds:g}; expected more than 0 seconds")
 
 
 def peer_pythons(given: list[str] | None) -> dict[str, str]:
@@ -130,8 +153,9 @@ def run_peers(
     timeout: float,
     logs: Path | None,
     told: Any,
-) -> list[PeerRow]:
-    """Make plain folders of model and head, encode the prompts, run the engines. Raises what fetching raises."""
+) -> dict[str, Any]:
+    """Make plain folders of model and head, encode the prompts, run the engines. → what was run where and the rows, as
+    JSON values. Raises what fetching raises."""
     from tempfile import TemporaryDirectory
 
     from eagle.bench.peers import Work, known_peers, measure_peers
@@ -158,6 +182,23 @@ def run_peers(
     with TemporaryDirectory() as place:
         target = folders[0].resolve()
         head, kind = portable_head(target, folders[1].resolve(), Path(place, "head"))
-        chosen = [peer for peer in known_peers(parse_tree(tree), kind) if not engines or peer.engine in engines]
+        shape = parse_tree(tree)
+        chosen = [peer for peer in known_peers(shape, kind) if not engines or peer.engine in engines]
         work = Work(target, head, ids, max_new_tokens, wanted)
-        return measure_peers(work, chosen, pythons=pythons, timeout=timeout, logs=logs, told=told)
+        rows = measure_peers(work, chosen, pythons=pythons, timeout=timeout, logs=logs, told=told)
+    return {
+        "device": device_name(_device()),
+        "gpu": on_gpu,
+        "tree": list(shape),
+        "dtype": wanted,
+        "prompts": len(prompts),
+        "max_new_tokens": max_new_tokens,
+        "rows": [row.to_json() for row in rows],
+    }
+
+
+def _device() -> torch.device:
+    """What the engines run on, each in its own process."""
+    import torch
+
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

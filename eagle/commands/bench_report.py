@@ -10,22 +10,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from eagle.commands.bench_generate import BUILT_IN
-from eagle.commands.bench_peers import PeerPythonOption, PeerTimeoutOption, peer_pythons, run_peers
+from eagle.commands.bench_peers import PeerPythonOption, PeerTimeoutOption, check_timeout, peer_pythons, run_peers
 from eagle.commands.bench_roofline import free_memory
 from eagle.commands.console import note
-from eagle.commands.measuring import NO_GPU, check_counts, is_raw, open_for_bench, progress
+from eagle.commands.measuring import NO_GPU, check_counts, is_raw, open_for_bench, progress, settle_tree
 from eagle.commands.options import (
     MODEL_DEFAULT,
     TREE_DEFAULT,
+    DraftDtypeOption,
     DraftOption,
     Dtype,
     DtypeOption,
     Kernels,
+    TargetDtypeOption,
     TreeOption,
+    WeightDtype,
     check_flags,
 )
 from eagle.commands.reply import encode_prompt
-from eagle.errors import EagleError, InvalidInputError
+from eagle.errors import InvalidInputError
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +64,8 @@ def report(
     ] = None,
     tree: TreeOption = TREE_DEFAULT,
     dtype: DtypeOption = Dtype.auto,
+    draft_dtype: DraftDtypeOption = WeightDtype.same,
+    target_dtype: TargetDtypeOption = WeightDtype.same,
     quick: Annotated[
         bool,
         typer.Option(
@@ -83,6 +88,7 @@ def report(
     check_counts(limit=limit, max_new_tokens=max_new_tokens)
     tokens = max_new_tokens or (QUICK_TOKENS if quick else NEW_TOKENS)
     check_flags(tree, Kernels.auto, tokens)
+    check_timeout(peer_timeout)
     asked = parse_parts(parts, with_peers)
     names = [name for name in (part.strip() for part in models.split(",")) if name]
     if not names:
@@ -99,7 +105,7 @@ def report(
     import torch
 
     from eagle.bench.provenance import clocks, provenance
-    from eagle.bench.report import MODEL_PARTS, failures, opened, record, save
+    from eagle.bench.report import MODEL_PARTS, failures, opened, ran, record, save
     from eagle.bench.report_parts import Plan, kernels_part
     from eagle.bench.sweep import QUICK, Grid
 
@@ -127,6 +133,7 @@ def report(
         min(roofline[0], len(chosen)),
         roofline[1],
         GPU_BATCH if on_gpu else 1,
+        {"draft_dtype": draft_dtype.setting, "target_dtype": target_dtype.setting},
     )
     with progress("report") as told:
         if "kernels" in asked:
@@ -134,39 +141,23 @@ def report(
             content["kernels"] = _attempt("kernels", lambda: kernels_part(device, seconds, told))
             save(content, out)
         for name in names:
+            shape = tree
             if wanted := [part for part in asked if part in MODEL_PARTS]:
-                _model_parts(content, name, wanted, plan, (draft, tree, dtype), out, told)
+                shape = _model_parts(content, name, wanted, plan, (draft, tree, dtype), out, told)
                 free_memory()  # for the next model, and for the other engines
             if "peers" in asked:
                 rows = _attempt(
                     f"{name}, peers",
-                    lambda name=name: {
-                        "prompts": len(chosen),
-                        "max_new_tokens": tokens,
-                        "rows": [
-                            row.to_json()
-                            for row in run_peers(
-                                name,
-                                draft,
-                                chosen,
-                                tokens,
-                                tree,
-                                dtype,
-                                None,
-                                pythons,
-                                peer_timeout,
-                                out / "peers",
-                                told,
-                            )
-                        ],
-                    },
+                    lambda name=name, shape=shape: run_peers(
+                        name, draft, chosen, tokens, shape, dtype, None, pythons, peer_timeout, out / "peers", told
+                    ),
                 )
                 record(content, name, "peers", rows)
                 save(content, out)
     content["runs"][-1] |= {"clocks_after": clocks(device), "complete": True}
     for path in save(content, out):
         print(f"wrote {path}")
-    if found := failures(content):
+    if found := failures(ran(content, names, asked)):
         note(*found)
         raise typer.Exit(1)
 
@@ -191,21 +182,22 @@ def _model_parts(
     loading: tuple[str | None, str, Dtype],
     out: Path,
     told: Callable[[str, int, int], None],
-) -> None:
-    """Load a model and run its parts. What fails is recorded, and the others go on."""
+) -> str:
+    """Load a model and run its parts. What fails is recorded, and the others go on. → the tree, as --tree has it."""
     from eagle.bench.report import record, save
-    from eagle.bench.report_parts import ModelParts
+    from eagle.bench.report_parts import ModelParts, part_failures
 
     told(f"loading {name}", 0, 1)
     entry = content["models"].setdefault(name, {"parts": {}})
     entry.pop("error", None)
     try:
         model = open_for_bench(name, *loading)
-    except EagleError as error:
+        settle_tree(model, loading[1], plan.weights)
+    except part_failures() as error:
         entry["error"] = " ".join(str(error).split())
         note(f"{name}: {error}")
         save(content, out)
-        return
+        return loading[1]
     tokenizer, raw = model.get_tokenizer(), is_raw(model)
     parts_of = ModelParts(
         model,
@@ -218,6 +210,8 @@ def _model_parts(
         record(content, name, part, _attempt(f"{name}, {part}", lambda part=part: parts_of.run(part)))
         save(content, out)
         note(f"{name}: {part} done")
+    shape = model.tree_shape
+    return f"{shape.total_token},{shape.depth},{shape.top_k}"
 
 
 def _attempt(what: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -16,16 +16,20 @@ from eagle.commands.measuring import (
     open_for_bench,
     progress,
     settings,
+    settle_tree,
 )
 from eagle.commands.options import (
     MODEL_DEFAULT,
     TREE_DEFAULT,
+    DraftDtypeOption,
     DraftOption,
     Dtype,
     DtypeOption,
     JsonOption,
     Kernels,
+    TargetDtypeOption,
     TreeOption,
+    WeightDtype,
     check_flags,
 )
 from eagle.commands.reply import encode_prompt
@@ -47,6 +51,8 @@ def roofline(
     ] = None,
     tree: TreeOption = TREE_DEFAULT,
     dtype: DtypeOption = Dtype.auto,
+    draft_dtype: DraftDtypeOption = WeightDtype.same,
+    target_dtype: TargetDtypeOption = WeightDtype.same,
     quick: Annotated[
         bool, typer.Option("--quick", help=f"{QUICK_PROMPTS} prompt, {QUICK_TOKENS} new tokens, unless said otherwise.")
     ] = False,
@@ -57,10 +63,11 @@ def roofline(
     tokens = max_new_tokens or (QUICK_TOKENS if quick else NEW_TOKENS)
     count = limit or (QUICK_PROMPTS if quick else PROMPTS)
     check_flags(tree, Kernels.auto, tokens)
+    weights = {"draft_dtype": draft_dtype, "target_dtype": target_dtype}
     found, failed = [], False
     for name in model or [MODEL_DEFAULT]:
         try:
-            values = _measure(name, draft, tree, dtype, count, tokens)
+            values = _measure(name, draft, tree, dtype, weights, count, tokens)
         except EagleError as error:
             if len(model or ()) < 2:
                 raise
@@ -76,7 +83,9 @@ def roofline(
         raise typer.Exit(2)
 
 
-def _measure(name: str, draft: str | None, tree: str, dtype: Dtype, count: int, tokens: int) -> dict[str, Any]:
+def _measure(
+    name: str, draft: str | None, tree: str, dtype: Dtype, weights: dict[str, WeightDtype], count: int, tokens: int
+) -> dict[str, Any]:
     loaded = open_for_bench(name, draft, tree, dtype)
 
     from eagle.bench.prompts import read_prompts
@@ -89,9 +98,12 @@ def _measure(name: str, draft: str | None, tree: str, dtype: Dtype, count: int, 
     prompts = read_prompts()
     chosen = prompts[:: max(1, len(prompts) // count)][:count]
     ids = [encode_prompt(tokenizer, prompt.text, raw=raw) for prompt in chosen]
+    options = {kind: given.setting for kind, given in weights.items()}
+    settle_tree(loaded, tree, options)
     with progress() as told:
-        result = measure_roofline(loaded, ids, tokens, read_gb_s(loaded.device), told=told)
-    return settings(name, draft, loaded) | {"max_new_tokens": tokens} | result.to_json()
+        result = measure_roofline(loaded, ids, tokens, read_gb_s(loaded.device), options=options, told=told)
+    asked = {"max_new_tokens": tokens} | {kind: given.value for kind, given in weights.items()}
+    return settings(name, draft, loaded) | asked | result.to_json()
 
 
 def free_memory() -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from eagle.commands.measuring import open_for_bench
+from eagle.commands.measuring import open_for_bench, settings, settle_tree
 from eagle.commands.options import (
     MODEL_DEFAULT,
     PAPER_TREE,
@@ -24,6 +24,7 @@ from eagle.commands.options import (
     WeightDtype,
     check_flags,
 )
+from eagle.commands.outputs import check_out, writing
 from eagle.commands.reply import encode_prompt, has_template
 
 
@@ -44,24 +45,24 @@ def step(
 ) -> None:
     """Profile a step on a GPU: kernels, gaps, the time between steps; EAGLE and plain decoding."""
     check_flags(tree, kernels, max_new_tokens)
-    from eagle.bench.provenance import provenance
+    check_out(out)
     from eagle.bench.step_profile import markdown, profile_step
     from eagle.model.triton_kernels import optimize_eagle_with_triton
 
     loaded = open_for_bench(model, draft, tree, dtype)
     tokenizer = loaded.get_tokenizer()
     ids = encode_prompt(tokenizer, prompt, raw=not has_template(tokenizer))
+    weights = {"draft_dtype": draft_dtype.setting, "target_dtype": target_dtype.setting}
+    settle_tree(loaded, tree, {"kernels": kernels.value, **weights})
     found = []
     for switched in (False, True) if before else (True,):
         if switched:
-            optimize_eagle_with_triton(
-                loaded, kernels=kernels.value, draft_dtype=draft_dtype.setting, target_dtype=target_dtype.setting
-            )
+            optimize_eagle_with_triton(loaded, kernels=kernels.value, **weights)
         for speculative in (True, False):
             profile = profile_step(loaded, ids, max_new_tokens, speculative=speculative)
             found.append(profile)
             print("\n".join(markdown(profile)), end="\n\n", flush=True)
     if out is not None:
-        figures = {"model": model, "tree": tree, "profiles": [profile.to_json() for profile in found]}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(figures | {"provenance": provenance(loaded.device)}, indent=1), encoding="utf-8")
+        figures = settings(model, draft, loaded) | {"profiles": [profile.to_json() for profile in found]}
+        with writing(out):
+            out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

@@ -22,6 +22,7 @@ from eagle.commands.measuring import (
 from eagle.commands.options import (
     MODEL_DEFAULT,
     TREE_DEFAULT,
+    DraftDtypeOption,
     DraftOption,
     Dtype,
     DtypeOption,
@@ -29,10 +30,13 @@ from eagle.commands.options import (
     Kernels,
     KernelsOption,
     ModelOption,
+    TargetDtypeOption,
+    WeightDtype,
     check_flags,
     parse_tree,
 )
 from eagle.commands.reply import encode_prompt
+from eagle.errors import InvalidInputError
 
 
 def sweep(
@@ -57,6 +61,8 @@ def sweep(
     ] = None,
     kernels: KernelsOption = Kernels.auto,
     dtype: DtypeOption = Dtype.auto,
+    draft_dtype: DraftDtypeOption = WeightDtype.same,
+    target_dtype: TargetDtypeOption = WeightDtype.same,
     quick: Annotated[
         bool, typer.Option("--quick", help="3 trees, prefix 128, batch 1, 24 new tokens, unless said otherwise.")
     ] = False,
@@ -70,6 +76,10 @@ def sweep(
         check_counts(batch=count)
     for tree in trees or ():
         check_flags(tree, kernels, 1)
+        if parse_tree(tree)[0] == -1:
+            raise InvalidInputError(
+                f"--tree is {tree}; a sweep measures sizes, so give a number of nodes in place of -1"
+            )
     check_flags(TREE_DEFAULT, kernels, 1)
     loaded = open_for_bench(model, draft, TREE_DEFAULT, dtype)
 
@@ -87,7 +97,9 @@ def sweep(
         new_tokens=max_new_tokens or usual.new_tokens,
         prompts=usual.prompts,
     )
-    optimize_eagle_with_triton(loaded, kernels=kernels.value)
+    optimize_eagle_with_triton(
+        loaded, kernels=kernels.value, draft_dtype=draft_dtype.setting, target_dtype=target_dtype.setting
+    )
     if loaded.device.type != "cuda":
         note(NO_GPU)
     tokenizer, raw = loaded.get_tokenizer(), is_raw(loaded)
@@ -97,6 +109,9 @@ def sweep(
     values = settings(model, draft, loaded) | {
         "prompts": BUILT_IN,
         "new_tokens": grid.new_tokens,
+        "kernels": kernels.value,
+        "draft_dtype": draft_dtype.value,
+        "target_dtype": target_dtype.value,
         "cells": [cell.to_json() for cell in cells],
     }
     if as_json:

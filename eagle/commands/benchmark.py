@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,12 +13,12 @@ from eagle.commands.measuring import (
     NO_GPU,
     aligned,
     check_counts,
-    check_plot,
     headline,
     is_raw,
     open_for_bench,
     progress,
     settings,
+    settle_tree,
 )
 from eagle.commands.options import (
     MODEL_DEFAULT,
@@ -34,6 +32,7 @@ from eagle.commands.options import (
     TreeOption,
     check_flags,
 )
+from eagle.commands.outputs import check_plot
 from eagle.commands.reply import check_text, encode_prompt
 
 if TYPE_CHECKING:
@@ -75,28 +74,28 @@ def benchmark(
     [new_tokens] = token_budgets([len(ids)], loaded.target.context_length, None, max_length, 1)
     if loaded.device.type != "cuda":
         note(NO_GPU)
+    settle_tree(loaded, tree)
     with progress() as told:
         found = compare(loaded, ids, new_tokens, repeats=num_runs, told=told)
-    if plot is not None:
-        from eagle.bench.run_plots import plot_ways
-
-        plot_ways(found.ways, headline(model, loaded), plot)
-        note(f"wrote {plot}")
     if as_json:
         asked = {
-            "command": shlex.join(sys.argv),
             "prompt_tokens": len(ids),
             "max_length": max_length,
             "max_new_tokens": new_tokens,
             "num_runs": num_runs,
         }
         print(json.dumps(settings(model, draft, loaded) | asked | found.to_json(), ensure_ascii=False))
-        return
-    print(headline(model, loaded))
-    print(f"prompt of {len(ids)} tokens, at most {new_tokens} new ones, {num_runs} runs after a warm-up, greedy")
-    print()
-    for line in lines(found, device_name(loaded.device)):
-        print(line)
+    else:
+        print(headline(model, loaded))
+        print(f"prompt of {len(ids)} tokens, at most {new_tokens} new ones, {num_runs} runs after a warm-up, greedy")
+        print()
+        for line in lines(found, device_name(loaded.device)):
+            print(line)
+    if plot is not None:
+        from eagle.bench.run_plots import plot_ways
+
+        plot_ways(found.ways, headline(model, loaded), plot)
+        note(f"wrote {plot}")
 
 
 def lines(found: Comparison, device: str) -> list[str]:

@@ -42,7 +42,7 @@ from eagle.commands.reply import (
     reply_to,
     write,
 )
-from eagle.errors import InvalidInputError
+from eagle.errors import InvalidInputError, OutOfMemoryError
 
 if TYPE_CHECKING:
     from eagle.model.ea_model import EaModel
@@ -64,7 +64,8 @@ class Conversation:
         self.replies: list[Reply] = []
 
     def ask(self, text: str, emit: Any = write) -> Reply:
-        """Answer ``text``. Raises InvalidInputError and leaves the conversation as it was, if it can't be answered."""
+        """Answer ``text``. Raises InvalidInputError or OutOfMemoryError and leaves the conversation as it was, if it can't
+        be answered."""
         messages = [*self.messages, {"role": "user", "content": check_text(text)}]
         prompt, ids = self.prompt(messages)
         reply = reply_to(self.model, ids, self.settings, emit, reuse_prefix=True, keep_interrupted=True)
@@ -149,7 +150,7 @@ def answer(conversation: Conversation, line: str) -> None:
     else:
         try:
             reply = conversation.ask(line)
-        except InvalidInputError as error:
+        except (InvalidInputError, OutOfMemoryError) as error:
             print(f"error: {error}; /reset starts afresh", file=sys.stderr, flush=True)
             return
         write("" if reply.text.endswith("\n") else "\n")

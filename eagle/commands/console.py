@@ -96,7 +96,11 @@ def choose_tree(model: EaModel) -> None:
     if not model.captures_steps:
         return
     key = choice_key(model)
-    shape = remembered(cache_folder(), key)
+    try:
+        shape = remembered(cache_folder(), key)
+    except OSError as error:
+        shape = None
+        note(f"the tree measured earlier can't be read ({error}); measuring again")
     if shape is None:
         tokenizer = model.get_tokenizer()
         texts = [prompt.text for prompt in read_prompts()][:: 24 // TREE_PROMPTS]
@@ -108,8 +112,11 @@ def choose_tree(model: EaModel) -> None:
         finally:
             model.told = told
         shape = found[0].shape
-        remember(cache_folder(), key, shape)
-        note(f"fastest draft tree here: {found[0]}; remembered")
+        try:
+            remember(cache_folder(), key, shape)
+            note(f"fastest draft tree here: {found[0]}; remembered")
+        except OSError as error:
+            note(f"fastest draft tree here: {found[0]}; it can't be remembered ({error}): set EAGLE_CACHE to a folder")
     model.set_tree(shape.total_token, shape.depth, shape.top_k)
 
 

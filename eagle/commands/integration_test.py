@@ -9,7 +9,7 @@ import typer
 
 from eagle.commands.benchmark import PROMPT, MaxLengthOption, PromptOption
 from eagle.commands.console import note
-from eagle.commands.measuring import check_counts, dtype_name, headline, is_raw, open_for_bench, spinner
+from eagle.commands.measuring import check_counts, dtype_name, headline, is_raw, open_for_bench, settle_tree, spinner
 from eagle.commands.options import (
     MODEL_DEFAULT,
     TREE_DEFAULT,
@@ -56,6 +56,7 @@ def integration_test(
     tokenizer = loaded.get_tokenizer()
     ids = encode_prompt(tokenizer, prompt, raw=is_raw(loaded))
     [new_tokens] = token_budgets([len(ids)], loaded.target.context_length, None, max_length, 1)
+    settle_tree(loaded, tree)
     served, why_not = kernels_in_use(loaded)
     print(headline(model, loaded))
     print(f"prompt of {len(ids)} tokens, at most {new_tokens} new ones")

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from eagle.commands.console import device_name, note, quiet_libraries
-from eagle.commands.options import Dtype, parse_tree
+from eagle import __version__
+from eagle.commands.console import choose_tree, device_name, note, quiet_libraries
+from eagle.commands.options import TREE_DEFAULT, Dtype, parse_tree
 from eagle.commands.reply import NO_TEMPLATE, has_template
-from eagle.errors import InvalidInputError
 from eagle.versions import installed_version
 
 if TYPE_CHECKING:
+    import torch
+
     from eagle.model.ea_model import EaModel
 
 NO_GPU = "no GPU: these are the figures of a CPU, which say little about a GPU's"
-PLOT_FORMATS = (".png", ".svg", ".pdf")
 
 
 def open_for_bench(name: str, draft: str | None, tree: str, dtype: Dtype) -> EaModel:
@@ -29,7 +28,7 @@ def open_for_bench(name: str, draft: str | None, tree: str, dtype: Dtype) -> EaM
     wanted = None if dtype is Dtype.auto else dtype.value
     from eagle.bench.load import builds_in_memory, load_for_bench, prepare
 
-    prepare(name, draft)  # before the libraries are quiet: a first use draws bars of its own
+    prepare(name, draft, wanted)  # before the libraries are quiet: a first use draws bars of its own
     quiet_libraries()
     from rich.console import Console
 
@@ -41,6 +40,20 @@ def open_for_bench(name: str, draft: str | None, tree: str, dtype: Dtype) -> EaM
     if not has_template(model.get_tokenizer()):
         note(NO_TEMPLATE)
     return model
+
+
+def settle_tree(model: EaModel, tree: str, options: Mapping[str, Any] | None = None) -> None:
+    """Where ``--tree`` is auto, give a model as loaded the tree that is fastest for it as optimised with ``options``.
+    Raises what optimising raises."""
+    if tree != TREE_DEFAULT:
+        return
+    from eagle.model.triton_kernels import optimize_eagle_with_triton, restore_eagle
+
+    _, originals = optimize_eagle_with_triton(model, **(options or {}))
+    try:
+        choose_tree(model)
+    finally:
+        restore_eagle(model, originals)
 
 
 def is_raw(model: EaModel) -> bool:
@@ -55,22 +68,6 @@ def check_counts(**counts: int | None) -> None:
             raise typer.BadParameter(f"--{name.replace('_', '-')} is {value}; expected at least 1")
 
 
-def check_plot(path: Path | None) -> None:
-    """Refuse, before anything runs, a plot that could not be written. Raises InvalidInputError."""
-    if path is None:
-        return
-    if path.suffix.lower() not in PLOT_FORMATS:
-        raise InvalidInputError(f"--plot is {path}; expected a file that ends in {', '.join(PLOT_FORMATS)}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InvalidInputError("--plot needs matplotlib, which is not installed: pip install matplotlib")
-    try:
-        path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InvalidInputError(
-            f"--plot is {path}, and its folder can't be made ({error.strerror or error})"
-        ) from error
-
-
 def settings(name: str, draft: str | None, model: EaModel) -> dict[str, Any]:
     """What was measured where, as JSON values."""
     shape = model.tree_shape
@@ -79,12 +76,20 @@ def settings(name: str, draft: str | None, model: EaModel) -> dict[str, Any]:
         "draft": draft,
         "dtype": dtype_name(model),
         "tree": [shape.total_token, shape.depth, shape.top_k],
-        "device": device_name(model.device),
-        "gpu": model.device.type == "cuda",
-        "versions": {
-            package: installed_version(package)
-            for package in ("eagle-triton-kernels", "torch", "transformers", "triton")
-        },
+        **machine(model.device),
+    }
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """The device, the versions, and where figures taken now come from, as JSON values."""
+    from eagle.bench.provenance import clocks, provenance
+
+    packages = ("torch", "transformers", "triton")
+    return {
+        "device": device_name(device),
+        "gpu": device.type == "cuda",
+        "versions": {"eagle-triton-kernels": __version__} | {name: installed_version(name) for name in packages},
+        "provenance": provenance(device) | {"clocks": clocks(device)},
     }
 
 
@@ -93,10 +98,12 @@ def dtype_name(model: EaModel) -> str:
 
 
 def headline(name: str, model: EaModel) -> str:
-    """Model, dtype, tree and device in one line."""
-    shape = model.tree_shape
+    """Model, dtypes, tree and device in one line."""
+    shape, engine = model.tree_shape, model.engine
     tree = f"{shape.total_token}/{shape.depth}/{shape.top_k}"
-    return f"{name}, {dtype_name(model)}, tree {tree}, on {device_name(model.device)}"
+    one_byte = (("target", engine.target_dtype), ("draft", engine.draft_dtype))
+    weights = "".join(f", {part}'s weights in {dtype}" for part, dtype in one_byte if dtype is not None)
+    return f"{name}, {dtype_name(model)}{weights}, tree {tree}, on {device_name(model.device)}"
 
 
 def kernels_line(model: EaModel) -> str:

@@ -158,7 +158,7 @@ def reply_to(
     keep_interrupted: Ctrl-C ends the reply and returns what there is. Raises InvalidInputError.
     """
     tokenizer = model.get_tokenizer()
-    steps = model.stream(
+    steps, stats = model._stream(
         [ids],
         max_new_tokens=settings.max_new_tokens,
         sampling=settings.sampling,
@@ -167,7 +167,7 @@ def reply_to(
         speculative=speculative,
         reuse_prefix=reuse_prefix,
     )
-    reply, stream = Reply(stats=model.last_stats), TextStream(tokenizer)
+    reply, stream = Reply(stats=stats), TextStream(tokenizer)
     try:
         for new in steps:
             reply.tokens += new[0]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from eagle.engine.captures import Captures
-from eagle.engine.memory import GIB, cache_bytes, check_fits, fits, free_bytes, is_out_of_memory, roomy_slots, too_large
+from eagle.engine.memory import GIB, cache_bytes, fits, free_bytes, is_out_of_memory, roomy_slots, too_large
 from eagle.engine.state import Caches, slots_needed
 from eagle.model.drafts import DraftModel
 from eagle.model.fused_draft import FusedDraft
@@ -72,13 +72,15 @@ class CacheStore:
         Raises OutOfMemoryError, before anything is allocated where that can be known, if they don't fit with all
         others let go of.
         """
-        for rows in demand.sizes:
-            if (found := self._kept.get(rows)) is not None and found.slots >= demand.slots:
-                self._kept[rows] = self._kept.pop(rows)
-                return found, keep
+        kept = next((rows for rows in demand.sizes if self._has(rows, demand.slots)), None)
+        if kept is not None:
+            self._kept[kept] = self._kept.pop(kept)
+            return self._kept[kept], keep
+        # No local name may hold caches from here on: their memory counts as free once they are let go of.
         for rows in demand.sizes:
             if rows in self._kept:
                 self.captures.drop(self._kept[rows])
+                self._kept[rows] = self._kept.pop(rows)  # at the end: let go of last
                 if not keep:
                     del self._kept[rows]
         most = MOST_CAPTURED_CACHES if demand.captured else MOST_CACHES
@@ -103,9 +105,10 @@ class CacheStore:
         """Caches of one row with as many slots as the batch's ``own``, which stay. Raises OutOfMemoryError."""
         if self._one_row is None or self._one_row.slots < own.slots:
             self._drop_one_row()
-            if not fits(self.target, self.draft, 1, own.slots, demand.shape):
-                self.forget(but=own)
-                check_fits(self.target, self.draft, own.target.batch, own.slots, demand.shape, beside=1, held=own)
+            while not fits(self.target, self.draft, 1, own.slots, demand.shape):
+                if not self._let_go_of_one(but=own):
+                    free = free_bytes(self.target.device)
+                    raise too_large(self.target, self.draft, demand.batch, own.slots, demand.shape, free, beside=1)
             self._one_row = self._new(1, own.slots, demand, told, own)
         return self._one_row
 
@@ -115,15 +118,18 @@ class CacheStore:
             self._let_go(rows)
         self._drop_one_row()
 
+    def _has(self, rows: int, slots: int) -> bool:
+        return rows in self._kept and self._kept[rows].slots >= slots
+
     def _size_that_fits(self, demand: Demand) -> int:
-        """The first of the demand's sizes that fits; what is kept for other calls goes where none does."""
-        for _ in range(2):
+        """The first of the demand's sizes that fits; what is kept for other calls goes until one does."""
+        while True:
             for rows in demand.sizes:
                 if fits(self.target, self.draft, rows, demand.slots, demand.shape, demand.beside):
                     return rows
-            self.forget()
-        check_fits(self.target, self.draft, demand.batch, demand.slots, demand.shape, demand.beside)
-        return demand.batch
+            if not self._let_go_of_one():
+                free = free_bytes(self.target.device)
+                raise too_large(self.target, self.draft, demand.batch, demand.slots, demand.shape, free, demand.beside)
 
     def _new(
         self, rows: int, slots: int, demand: Demand, told: Callable[[str], None] | None, own: Caches | None = None
@@ -151,6 +157,16 @@ class CacheStore:
 
     def _allocated(self, rows: int, slots: int) -> Caches:
         return Caches(self.target.new_cache(rows, slots), self.draft.new_cache(rows, slots))
+
+    def _let_go_of_one(self, but: Caches | None = None) -> bool:
+        """Let go of the caches unused longest. Returns False where there are none ``but`` those."""
+        for rows, caches in self._kept.items():
+            if caches is not but:
+                self._let_go(rows)
+                return True
+        found = self._one_row is not None
+        self._drop_one_row()
+        return found
 
     def _let_go(self, rows: int) -> None:
         self.captures.drop(self._kept.pop(rows))

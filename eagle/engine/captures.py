@@ -14,9 +14,10 @@ from eagle.engine.prefill_graph import BUCKETS, StaticPrefill
 from eagle.engine.state import Caches, Run
 from eagle.errors import UnsupportedModelError
 
-MOST_STEPS = 8
+MOST_STEPS = 32
 MOST_CHUNKS = 24
-"""Captures kept; the one unused longest goes first. A chunk has five sizes, each with and without the head."""
+"""Captures kept; the one unused longest goes first. Temperature, top-p and top-k are fixed in a captured step, so that a
+server's settings take one each. A chunk has five sizes, each with and without the head."""
 
 Told = Callable[[str], None]
 Key = TypeVar("Key", bound=Hashable)
@@ -49,6 +50,7 @@ class Captures:
         try:
             return _kept(self._steps, key, StaticStep(run, **self._place(run)), MOST_STEPS, stats)
         except torch.OutOfMemoryError:
+            self._leave_pool()
             raise
         except RuntimeError as error:
             self.step_reason = self._refused("a step", run, error, required)
@@ -70,6 +72,7 @@ class Captures:
         try:
             return _kept(self._chunks, key, StaticPrefill(run, rows, **self._place(run)), MOST_CHUNKS, stats)
         except torch.OutOfMemoryError:
+            self._leave_pool()
             raise
         except RuntimeError as error:
             self.prefill_reason = self._refused("a prompt's pass", run, error, required)
@@ -80,6 +83,8 @@ class Captures:
         for kept in (self._steps, self._chunks):
             for key in [key for key, made in kept.items() if caches is None or made.run.caches is caches]:
                 del kept[key]
+        if not self._steps and not self._chunks:
+            self._leave_pool()
         if caches is None:
             self.step_reason = self.prefill_reason = None
 
@@ -96,8 +101,13 @@ class Captures:
             self._stream = torch.cuda.Stream(device)  # one: a library keeps a workspace for each
         return {"capture": True, "pool": self._pool, "stream": self._stream}
 
+    def _leave_pool(self) -> None:
+        """Have later captures begin a pool of their own: what a failed one took from this pool never comes back to it,
+        and an empty one holds memory for nothing."""
+        self._pool = self._stream = None
+
     def _refused(self, what: str, run: Run, error: RuntimeError, required: bool) -> str:
-        self._pool = self._stream = None  # what a failed capture took from the pool never comes back to it
+        self._leave_pool()
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if required:
             raise UnsupportedModelError(

@@ -120,10 +120,10 @@ class StaticStep:
         self.run.eos.fill_(-1)
         self.run.eos[: run.eos.numel()].copy_(run.eos)
         if self.run.uniforms is not None:
-            count = min(
-                self.run.uniforms.shape[1], run.uniforms.shape[1]
-            )  # a plain step draws fewer than a tree's path
-            self.run.uniforms[:, :count].copy_(run.uniforms[:, :count])
+            rows = run.uniforms.shape[0]
+            # a plain step draws fewer than a tree's path
+            count = min(self.run.uniforms.shape[1], run.uniforms.shape[1])
+            self.run.uniforms[:rows, :count].copy_(run.uniforms[:, :count])
         return self.run
 
     def replay(self) -> None:

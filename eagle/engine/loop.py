@@ -7,7 +7,7 @@ the caller does.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 
 from eagle.engine.graphs import StaticStep
@@ -53,7 +53,7 @@ def decode(
     reused: int = 0,
     static: StaticStep | None = None,
     chunks: Chunks | None = None,
-) -> Iterator[list[list[int]]]:
+) -> Generator[list[list[int]], None, None]:
     """Yield, for prefill and then for each step, the new tokens of each row (empty for a finished row).
 
     static: the step to replay, prepared for this run; None runs each step anew. chunks: captured prefill. Afterwards,

@@ -38,21 +38,22 @@ def free_bytes(device: torch.device) -> int | None:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def check_fits(target: Target, draft: DraftModel | FusedDraft, batch: int, slots: int, shape: TreeShape) -> None:
-    """Raise OutOfMemoryError if a run can't fit on its CUDA device, before anything is allocated.
+def fits(
+    target: Target, draft: DraftModel | FusedDraft, batch: int, slots: int, shape: TreeShape, beside: int = 0
+) -> bool:
+    """Whether caches of ``batch`` rows and ``beside`` more, and a step of the batch, fit on the target's CUDA device.
 
     A target spread over several devices is not counted: each holds an unknown part.
     """
     free = free_bytes(target.device)
     if free is None or len({layer.device for layer in target.layer_shapes}) > 1:
-        return
-    need = cache_bytes(target, draft, batch, slots) + pass_bytes(target, batch, shape)
-    if need + RESERVE > free:
-        raise too_large(target, draft, batch, slots, shape, free)
+        return True
+    need = cache_bytes(target, draft, batch + beside, slots) + pass_bytes(target, batch, shape)
+    return need + RESERVE <= free
 
 
 def check_room_for_copies(target: Target, dtype: str) -> None:
-    """Raise OutOfMemoryError if one-byte copies of the target's weights don't fit beside it. Like `check_fits`."""
+    """Raise OutOfMemoryError if one-byte copies of the target's weights don't fit beside it. As `fits`."""
     free = free_bytes(target.device)
     if free is None or len({layer.device for layer in target.layer_shapes}) > 1:
         return
@@ -71,15 +72,30 @@ def too_large(
     slots: int,
     shape: TreeShape,
     free: int | None = None,
+    beside: int = 0,
+    cause: BaseException | None = None,
 ) -> OutOfMemoryError:
-    """The error for a run that does not fit, with what would help most named first."""
-    caches, rest = cache_bytes(target, draft, batch, slots), pass_bytes(target, batch, shape)
+    """The error for a run that does not fit, with what would help most named first.
+
+    beside: rows of cache that prefill needs beside the batch's. cause: the allocator's own error, quoted where the
+    figures alone would not explain it.
+    """
+    caches, rest = cache_bytes(target, draft, batch + beside, slots), pass_bytes(target, batch, shape)
     there = "more than is free" if free is None else f"and {free / GIB:.1f} GiB are free"
     lower = "max_new_tokens, max_length or the batch" if caches >= rest else "the tree's total_token or the batch"
+    what = f"{batch} sequences" + (f", and {beside} more for their prefill," if beside else "")
+    unexplained = cause is not None and free is not None and caches + rest < free
+    said = f" (the allocator: {allocator_line(cause)})" if unexplained else ""
     return OutOfMemoryError(
-        f"{batch} sequences of {slots} positions need {caches / GIB:.1f} GiB for the KV caches and {rest / GIB:.1f} GiB "
-        f"for a step of {shape.total_token} nodes, {there}; lower {lower}"
+        f"{what} of {slots} positions need {caches / GIB:.1f} GiB for the KV caches and {rest / GIB:.1f} GiB "
+        f"for a step of {shape.total_token} nodes, {there}{said}; lower {lower}"
     )
+
+
+def allocator_line(error: BaseException) -> str:
+    """What an allocator's error begins with: that memory is out, and how much was asked for."""
+    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return ". ".join(first.split(". ")[:2]).rstrip(".")
 
 
 def roomy_slots(

@@ -7,16 +7,17 @@ write beyond their own length is overwritten before anything can see it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
-from eagle.engine.prefill_graph import StaticPrefill
+from eagle.engine.prefill_graph import BUCKETS, StaticPrefill, chunk_rows
 from eagle.engine.state import Run, bounded, initial_state
 from eagle.model.drafts import DraftCall
 from eagle.model.ops import DecodeState
 from eagle.model.verify import draw, next_token_probs
 
-CHUNK = 512
+CHUNK = BUCKETS[-1]
 """Rows of a prefill pass: bounds activation memory. On an H100 the passes of an 8B model are compute-bound from about
 300 rows on (989 TFLOP/s over 3.35 TB/s)."""
 
@@ -39,6 +40,7 @@ def prefill(
         if all(pair is not None for pair in found):
             logits, features = (torch.cat(parts) for parts in zip(*found, strict=True))
             return _first_token(run, prompts, budgets, logits, features)
+    run = replace(run, caches=run.caches.first_rows(len(prompts)))
     device = run.target.device
     lengths = [len(prompt) for prompt in prompts]
     longest = max(lengths)
@@ -74,7 +76,7 @@ def _first_token(
     if run.sampling.greedy:
         first = logits.argmax(-1)
     else:
-        first = draw(next_token_probs(logits, run.sampling), run.uniforms[:, 0])
+        first = draw(next_token_probs(logits, run.sampling), run.uniforms[: len(prompts), 0])
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     left = torch.tensor(budgets, device=device) - 1
     return initial_state(lengths, first, features if run.draft is not None else None, left, run.path, run.eos)
@@ -85,8 +87,8 @@ def _captured(
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The last position's logits [1, V] and features [1, F] of one row, by captured chunks; None if one is missing."""
     plan, begin = [], reused
-    while begin < len(prompt):
-        chunk = chunks(min(CHUNK, len(prompt) - begin))
+    for rows in chunk_rows(len(prompt) - reused):
+        chunk = chunks(rows)
         if chunk is None or begin + chunk.rows > chunk.run.caches.slots:
             return None
         plan.append((chunk, begin))

@@ -18,6 +18,14 @@ BUCKETS = (32, 64, 128, 256, 512)
 """Rows of a captured chunk. Twice the rows cost less than twice the time up to about 300 of them (`prefill.CHUNK`)."""
 
 
+def chunk_rows(length: int) -> tuple[int, ...]:
+    """Rows of the captured chunks that take ``length`` rows of a prompt, one after another: the largest, then the bucket
+    that the rest fits."""
+    whole, rest = divmod(length, BUCKETS[-1])
+    last = [next(bucket for bucket in BUCKETS if bucket >= rest)] if rest else []
+    return (*[BUCKETS[-1]] * whole, *last)
+
+
 class StaticPrefill:
     """One chunk of ``rows`` rows of a single sequence, captured on a CUDA device; elsewhere the same ops in turn.
 

@@ -1,35 +1,45 @@
-"""A session: one model's caches and captures over its calls, and the lock that keeps two generations apart."""
+"""A session: one model's generations, one at a time, and the caches and captures that outlive them."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 
+from eagle.engine.cache_store import CacheStore, Demand
 from eagle.engine.captures import Captures
 from eagle.engine.loop import GenerationStats, decode
-from eagle.engine.memory import GIB, cache_bytes, check_fits, free_bytes, is_out_of_memory, roomy_slots, too_large
-from eagle.engine.prefill_graph import StaticPrefill
+from eagle.engine.memory import free_bytes, too_large
+from eagle.engine.prefill import Chunks
 from eagle.engine.settings import EngineSettings
-from eagle.engine.state import Caches, Run, slots_needed
-from eagle.errors import InvalidInputError, OutOfMemoryError
+from eagle.engine.state import Run, slots_needed
+from eagle.engine.turns import Turns
 from eagle.model.drafts import DraftModel
 from eagle.model.fused_draft import FusedDraft
-from eagle.model.ops import Ops, Sampling, TreeShape
+from eagle.model.ops import Sampling, TreeShape
 from eagle.model.target import Target
 from eagle.model.triton_kernels.dispatch import decoding_ops, products_by_kernel
 
-MOST_CACHES = 4
-"""Batch sizes whose caches are kept; all but the one in use go when memory is short."""
 
-WORTH_SAYING = 1.0
-"""GiB of caches from which on a user is told before they are taken."""
+@dataclass(frozen=True)
+class Call:
+    """What one generation is asked for."""
 
-SCRATCH = 0
-"""The key of the one-row caches in which the rows of a batch take turns for prefill."""
+    prompts: list[list[int]]
+    budgets: list[int]  # new tokens of each row
+    shape: TreeShape
+    sampling: Sampling
+    eos: torch.Tensor  # [E] int64
+    uniforms: torch.Tensor | None  # [B, max_new_tokens + P]
+    speculative: bool = True
+    reuse_prefix: bool = False
+
+    def slots(self, pad_rows: bool) -> int:
+        """Cache slots it needs."""
+        longest = max(len(prompt) + budget for prompt, budget in zip(self.prompts, self.budgets, strict=True))
+        return slots_needed(longest, self.shape, self.speculative, pad_rows)
 
 
 class Session:
@@ -44,82 +54,60 @@ class Session:
         self.settings = EngineSettings()
         self.told: Callable[[str], None] | None = None
         self.captures = Captures()
-        self._caches: dict[int, Caches] = {}
-        self._lock = threading.Lock()
-        self._owner: int | None = None
+        self._store = CacheStore(target, draft, self.captures)
+        self._turns = Turns()
 
     def run(
-        self,
-        prompts: list[list[int]],
-        budgets: list[int],
-        ops: Ops,
-        shape: TreeShape,
-        sampling: Sampling,
-        eos: torch.Tensor,
-        uniforms: torch.Tensor | None,
-        stats: GenerationStats,
-        *,
-        speculative: bool = True,
-        reuse_prefix: bool = False,
-        refresh: Callable[[], None] = lambda: None,
+        self, call: Call, stats: GenerationStats, refresh: Callable[[], None] = lambda: None
     ) -> Generator[list[list[int]], None, None]:
-        """Yield each step's new tokens of each row. A second thread waits for its turn; a second generation of the same
-        thread, which would wait forever, raises InvalidInputError. refresh: called first, when the turn has come."""
-        with self.exclusive():
-            refresh()
-            batch, pad_rows = len(prompts), self.pads_rows(ops)
-            reused = self._common_prefix(prompts) if reuse_prefix else 0
-            longest = max(len(prompt) + budget for prompt, budget in zip(prompts, budgets, strict=True))
-            needed = slots_needed(longest, shape, speculative, pad_rows)
+        """Yield each step's new tokens of each row. A second thread waits for its turn; a second generation of the thread
+        that drives this one, which would wait forever, raises InvalidInputError. refresh: called first, when the turn
+        has come. Raises OutOfMemoryError where caches, captures or a step don't fit; what was kept is then given back."""
+        with self._turns.generation():
             try:
-                caches, reused = self._caches_for(batch, needed, reused, shape, pad_rows)
-                draft = self.draft if speculative else None
-                step_ops = decoding_ops(ops) if self.settings.exact else ops
-                run = Run(self.target, draft, step_ops, shape, sampling, caches, eos, uniforms, pad_rows)
-                static = chunks = None
-                if self.replays:
-                    static = self.captures.step(run, stats, self.told, required=self.settings.engine == "captured")
-                if static is not None:
-                    run = static.prepare(run)
-                    chunks = self._chunks(run, reused, stats)
-                yield from decode(run, prompts, budgets, stats, reused, static, chunks)
+                with self._on_device():
+                    refresh()
+                    steps = self._steps(call, stats)
+                with closing(steps):
+                    while True:
+                        with self._on_device():  # left at each yield: the caller's current device is its own
+                            new = next(steps, None)
+                        if new is None:
+                            return
+                        yield new
+                        self._turns.driven_here()
             except torch.OutOfMemoryError as error:
+                free = free_bytes(self.target.device)  # before anything is given back
                 self.forget()
-                free = free_bytes(self.target.device)
-                raise too_large(self.target, self.draft, batch, needed, shape, free) from error
+                batch, slots = len(call.prompts), call.slots(self.pads_rows)
+                raise too_large(self.target, self.draft, batch, slots, call.shape, free, cause=error) from error
 
     @property
     def replays(self) -> bool:
         """Whether steps are replayed from a capture."""
         return self._why_eager() is None
 
-    def pads_rows(self, ops: Ops) -> bool:
+    @property
+    def pads_rows(self) -> bool:
         """Whether target passes are padded to whole tiles, so that a library's products keep each row's bits."""
-        return self.settings.exact and (self.target.fused is None or not products_by_kernel(ops))
+        return self.settings.exact and (self.target.fused is None or not products_by_kernel(self.target.ops))
 
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Wait for this model's turn. Raises InvalidInputError where this thread has a generation open."""
-        if self._owner == threading.get_ident():
-            raise InvalidInputError("a generation of this thread is still open on this model; finish or close it first")
-        with self._lock:
-            self._owner = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._owner = None
+    def exclusive(self) -> AbstractContextManager[None]:
+        """Wait for this model's turn to change something; may be nested. Raises InvalidInputError where this thread has a
+        generation open."""
+        return self._turns.change()
 
     def configure(self, settings: EngineSettings, draft: DraftModel | FusedDraft) -> None:
         """Change how steps run. What was captured is dropped. The caller holds `exclusive`."""
-        if draft is not self.draft:
-            self._caches.clear()
-        self.settings, self.draft = settings, draft
+        if draft is not self.draft or settings.engine != self.settings.engine:  # captured steps take other sizes
+            self._store.forget()
+        self.settings, self.draft, self._store.draft = settings, draft, draft
         self.captures.drop()
 
     def forget(self) -> None:
         """Give caches and captures back."""
         self.captures.drop()
-        self._caches.clear()
+        self._store.forget()
 
     def engine_choice(self) -> tuple[str, str]:
         """How steps run, and why."""
@@ -142,19 +130,44 @@ class Session:
             return f"the capture failed: {self.captures.step_reason}"
         return None
 
-    def _chunks(self, run: Run, reused: int, stats: GenerationStats) -> Callable[[int], StaticPrefill | None]:
+    def _steps(self, call: Call, stats: GenerationStats) -> Generator[list[list[int]], None, None]:
+        """The call's prefill and steps, with their caches allocated and what can be captured captured."""
+        batch, captured, required = len(call.prompts), self.replays, self.settings.engine == "captured"
+        in_turns = captured and batch > 1 and self.captures.prefill_reason is None
+        demand = Demand(batch, call.slots(self.pads_rows), call.shape, self.pads_rows, captured, in_turns)
+        run, reused = self._run(call, demand, self._common_prefix(call.prompts) if call.reuse_prefix else 0)
+        static = self.captures.step(run, stats, self.told, required=required) if captured else None
+        chunks = None
+        if static is None and run.caches.target.batch != batch:  # idle rows are for captured steps alone
+            del run
+            self._store.forget()
+            run, _ = self._run(call, replace(demand, captured=False, in_turns=False), 0)
+        if static is not None:
+            run = static.prepare(run)
+            if in_turns or batch == 1:
+                chunks = self._chunks(run, demand, reused, stats)
+        return decode(run, call.prompts, call.budgets, stats, reused, static, chunks)
+
+    def _run(self, call: Call, demand: Demand, reused: int) -> tuple[Run, int]:
+        """The run of a call over caches for ``demand``, and how many positions those hold."""
+        caches, reused = self._store.take(demand, reused, self.told)
+        draft = self.draft if call.speculative else None
+        ops = decoding_ops(self.target.ops) if self.settings.exact else self.target.ops
+        fixed = call.shape, call.sampling, caches, call.eos, call.uniforms, demand.pad_rows
+        return Run(self.target, draft, ops, *fixed), reused
+
+    def _chunks(self, run: Run, demand: Demand, reused: int, stats: GenerationStats) -> Chunks:
         """Captured prompt chunks for `prefill`. They serve one sequence; a batch's rows take turns in a cache of one row,
         so that a row's bits are what they are alone."""
-        if run.caches.target.batch > 1:
-            caches, _ = self._caches_for(1, run.caches.slots, 0, run.shape, run.pad_rows, key=SCRATCH)
-            run = replace(run, caches=caches)
         required = self.settings.engine == "captured"
+        if demand.in_turns:
+            run = replace(run, caches=self._store.one_row(demand, run.caches, self.told))
         return lambda rows: self.captures.chunk(run, rows, reused, stats, self.told, required=required)
 
     def _common_prefix(self, prompts: list[list[int]]) -> int:
         """Positions of a single prompt whose keys lie in both caches and stay valid. The last common one is run again:
         the draft's pair there needs the target's feature and the token that now follows."""
-        caches = self._caches.get(1) if len(prompts) == 1 else None
+        caches = self._store.kept(1) if len(prompts) == 1 else None
         prefix = caches.prefix if caches is not None else None
         if not prefix:
             return 0
@@ -164,47 +177,7 @@ class Session:
         )
         return max(0, common - 1)
 
-    def _caches_for(
-        self, batch: int, slots: int, keep: int, shape: TreeShape, pad_rows: bool, key: int | None = None
-    ) -> tuple[Caches, int]:
-        """Caches with room for ``slots``: those kept for the batch if they are large enough, else new ones that take over
-        the first ``keep`` positions. Returns them and how many positions they hold. key: what to keep them under."""
-        key = batch if key is None else key
-        old = self._caches.pop(key, None)
-        if old is not None and old.slots >= slots:
-            self._caches[key] = old  # at the end: used last
-            return old, keep
-        while len(self._caches) >= MOST_CACHES:
-            self._let_go(next(iter(self._caches)))
-        if old is not None:
-            self.captures.drop(old)
-            if not keep:
-                old = None
-        try:
-            check_fits(self.target, self.draft, batch, slots, shape)
-        except OutOfMemoryError:  # what is kept for other calls goes first
-            old, keep = None, 0
-            for other in list(self._caches):
-                self._let_go(other)
-            check_fits(self.target, self.draft, batch, slots, shape)
-        if self.replays:
-            most = slots_needed(self.target.context_length, shape, speculative=True, pad_rows=pad_rows)
-            slots = roomy_slots(self.target, self.draft, batch, slots, most, shape)
-        need = cache_bytes(self.target, self.draft, batch, slots) / GIB
-        if self.told is not None and need >= WORTH_SAYING:
-            self.told(f"taking {need:.2f} GiB for the KV caches of batch {batch}, {slots} positions each")
-        try:
-            new = Caches(self.target.new_cache(batch, slots), self.draft.new_cache(batch, slots))
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            free = free_bytes(self.target.device)
-            raise too_large(self.target, self.draft, batch, slots, shape, free) from error
-        if keep and old is not None:
-            new.target.carry_over(old.target, keep)
-            new.draft.carry_over(old.draft, keep)
-        self._caches[key] = new
-        return new, keep
-
-    def _let_go(self, key: int) -> None:
-        self.captures.drop(self._caches.pop(key))
+    def _on_device(self) -> AbstractContextManager[object]:
+        """The target's CUDA device made the current one, where Triton and torch's own defaults look."""
+        device = self.target.device
+        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

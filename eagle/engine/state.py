@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, fields
 
 import torch
+from transformers.cache_utils import Cache
 
 from eagle.model.drafts import DraftModel
 from eagle.model.fused_draft import FusedDraft
+from eagle.model.hf_seams import TreeCacheLayer
 from eagle.model.kv_cache import KVCache
 from eagle.model.ops import DecodeState, Ops, Sampling, TreeShape
 from eagle.model.target import Target
@@ -34,6 +37,22 @@ class Caches:
     @property
     def slots(self) -> int:
         return self.target.slots
+
+    def first_rows(self, count: int) -> Caches:
+        """The first ``count`` rows of this memory, for a pass that leaves out idle ones."""
+        if count == self.target.batch:
+            return self
+        return Caches(_first_rows(self.target, count), _first_rows(self.draft, count))
+
+
+def _first_rows(cache: KVCache, count: int) -> KVCache:
+    part = copy(cache)
+    part.batch = count
+    part.groups = [(k[:, :count], v[:, :count]) for k, v in cache.groups]
+    part.layers = [(k[:count], v[:count]) for k, v in cache.layers]
+    if cache.view is not None:
+        part.view = Cache(layers=[TreeCacheLayer(k, v) for k, v in part.layers])
+    return part
 
 
 @dataclass
@@ -135,6 +154,18 @@ class StaticState:
             done=report[words:].view(torch.bool)[:batch],
         )
         return cls(static.load(state), report)
+
+    def begin(self, state: DecodeState) -> None:
+        """Take over the rows of ``state``. Those there are beyond them stay idle: done from the start, after a prefix of
+        one position, which is the shortest a prompt can have."""
+        rows = state.root.shape[0]
+        for entry in fields(state):
+            mine, theirs = getattr(self.state, entry.name), getattr(state, entry.name)
+            if mine is not None:
+                mine[:rows].copy_(theirs)
+                mine[rows:].zero_()
+        self.state.kv_len[rows:].fill_(1)
+        self.state.done[rows:].fill_(True)
 
     def read(self, report: torch.Tensor) -> tuple[list[list[int]], list[bool]]:
         """Each row's new tokens and whether it is done, from a copy of ``report`` on the host."""

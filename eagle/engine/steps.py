@@ -48,15 +48,16 @@ class EagerSteps:
 class StaticSteps:
     """Replays of a static step. Each result goes to a ring in pinned memory and is read while the next step runs.
 
-    A step that was queued before the host learned that every row is done changes nothing.
+    A step that was queued before the host learned that every row is done changes nothing. The step may have more rows
+    than the state; those are idle.
     """
 
     ahead = 1
 
     @torch.no_grad()
     def __init__(self, static: StaticStep, state: DecodeState) -> None:
-        self.static = static
-        static.static.state.load(state)
+        self.static, self._rows = static, state.root.shape[0]
+        static.static.begin(state)
         self._free = deque(range(len(static.ring)))
         self._queued: deque[tuple[int, torch.cuda.Event | None]] = deque()
 
@@ -78,4 +79,5 @@ class StaticSteps:
         if event is not None:
             event.synchronize()
         self._free.append(slot)
-        return self.static.static.read(self.static.ring[slot])
+        new, done = self.static.static.read(self.static.ring[slot])
+        return new[: self._rows], done[: self._rows]

@@ -116,7 +116,7 @@ def choice_key(model: EaModel) -> dict[str, Any]:
 
 
 def remembered(folder: Path, key: dict[str, Any]) -> TreeShape | None:
-    """An earlier choice under ``key``, or None."""
+    """An earlier choice under ``key``, or None. Raises OSError where there is one that can't be read."""
     path = _path(folder, key)
     if not path.is_file():
         return None
@@ -128,7 +128,7 @@ def remembered(folder: Path, key: dict[str, Any]) -> TreeShape | None:
 
 
 def remember(folder: Path, key: dict[str, Any], shape: TreeShape) -> None:
-    """Keep a choice for the next time."""
+    """Keep a choice for the next time. Raises OSError where the folder can't be written."""
     path = _path(folder, key)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")

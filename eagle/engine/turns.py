@@ -22,15 +22,15 @@ class Turns:
 
     @contextmanager
     def generation(self) -> Iterator[None]:
-        """Wait for the turn to generate. Raises InvalidInputError where this thread has a generation open."""
-        self._refuse_nesting()
+        """Wait for the turn to generate. Raises InvalidInputError where this thread has a turn already."""
+        self._refuse(nested=True)
         with self._lock, self._owned(generating=True):
             yield
 
     @contextmanager
     def change(self) -> Iterator[None]:
         """Wait for the turn to change something; may be nested. Raises InvalidInputError as `generation` does."""
-        self._refuse_nesting()
+        self._refuse(nested=False)
         if self._owner is threading.current_thread():
             yield
             return
@@ -41,11 +41,10 @@ class Turns:
         """Note that the generation under way goes on in this thread."""
         self._owner = threading.current_thread()
 
-    def _refuse_nesting(self) -> None:
-        if self._generating and self._owner is threading.current_thread():
-            raise InvalidInputError(
-                "a generation of this thread is still open on this model; finish or close it first"
-            )
+    def _refuse(self, *, nested: bool) -> None:
+        if self._owner is threading.current_thread() and (self._generating or nested):
+            what = "generation" if self._generating else "change"
+            raise InvalidInputError(f"a {what} of this thread is still open on this model; finish or close it first")
 
     @contextmanager
     def _owned(self, *, generating: bool) -> Iterator[None]:

@@ -18,7 +18,7 @@ from eagle.errors import InvalidInputError
 from eagle.model.drafts import DraftModel
 from eagle.model.engine_control import EngineControl
 from eagle.model.inputs import as_batch, check_sampling, check_tree, token_budgets, token_rows
-from eagle.model.loading import ignored_settings, load_pair, load_tokenizer
+from eagle.model.loading import check_widened, ignored_settings, load_pair, load_tokenizer
 from eagle.model.locate import locate, no_head
 from eagle.model.ops import Ops, Sampling
 from eagle.model.reference_api import ReferenceMethods
@@ -104,6 +104,7 @@ class EaModel(EngineControl, ReferenceMethods):
             base_model_path=base_model_path,
             revision=hf_kwargs.get("revision"),
             in_memory=in_memory,
+            before_build=lambda name, small: check_widened(name, small, hf_kwargs),
         )
         if location.draft is None:
             raise no_head(location.base)

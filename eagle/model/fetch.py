@@ -33,7 +33,8 @@ def fetch(
     → the target's folder and, where there is a head, the head's.
 
     Raises:
-        ModelNotFoundError, DownloadError, OutOfMemoryError: as :func:`~eagle.model.locate.locate` and ``ensure_local``.
+        ModelNotFoundError, DownloadError, OutOfMemoryError: as :func:`~eagle.model.locate.locate` and ``ensure_local``;
+            the last also where the disk of ``out`` has no room for what must be copied.
         InvalidInputError: ``out`` holds a model already.
         EagleError: ``out`` cannot be written.
     """
@@ -53,7 +54,23 @@ def fetch(
     with tempfile.TemporaryDirectory(dir=_existing_parent(out)) as scratch:
         if shipped and len(folders) == 2:
             folders[1], _ = portable_head(folders[0], folders[1], Path(scratch, "head"))
+        _check_space(folders, out)
         return [_place(source, out / part) for source, part in zip(folders, parts, strict=False)]
+
+
+def _check_space(folders: list[Path], out: Path) -> None:
+    """Refuse to copy what the disk of ``out`` has no room for. Raises OutOfMemoryError."""
+    place = _existing_parent(out)
+    disk, needed = place.stat().st_dev, 0
+    for path in (path.resolve() for folder in folders for path in folder.iterdir() if path.name != MANIFEST):
+        if path.is_file() and not ((entry := path.stat()).st_dev == disk and entry.st_size >= _LINK_FROM_BYTES):
+            needed += entry.st_size
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise OutOfMemoryError(
+            f"{out} takes {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on its disk; free some, or give a folder on "
+            "another disk"
+        )
 
 
 def _existing_parent(folder: Path) -> Path:

@@ -72,6 +72,18 @@ class FusedDraft:
         """`DraftModel.layer_shapes`."""
         return self.draft.layer_shapes
 
+    @property
+    def products(self) -> tuple[list[Product], list[Product]]:
+        """The product that joins the head's inputs, and those of its layers and output. An output head that stays the
+        target's own module is not among them."""
+        layers = [one for layer in self.layers for one in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        return [self._fc], [*layers, *([] if self._head is None else [self._head])]
+
+    @property
+    def one_byte(self) -> bool:
+        """Whether the products run on one-byte copies."""
+        return self._fc.scale is not None
+
     def intact(self) -> bool:
         """Whether the head still computes with the weights packed here; one-byte copies know nothing of later edits."""
         return self._weights is None or self._weights.intact()

@@ -18,8 +18,8 @@ from eagle.model.draft_config import TargetSpec
 from eagle.model.drafts import DraftModel
 from eagle.model.hub import ensure_local
 from eagle.model.locate import RANDOM_DRAFT, ModelLocation
-from eagle.model.memory import check_memory
-from eagle.model.widened import build_in_memory
+from eagle.model.memory import check_fits, check_memory
+from eagle.model.widened import SmallPair, build_in_memory, part_bytes, shape_of
 
 
 def load_pair(
@@ -47,6 +47,18 @@ def load_pair(
             raise CheckpointError(f"the head of {name} is an EAGLE-3 head, but use_eagle3=False was given")
         return base_model, build_draft(state), state.notes
     return base_model, *load_draft_model(location.draft, base_model, use_eagle3, hf_kwargs)
+
+
+def check_widened(name: str, small: SmallPair, hf_kwargs: dict[str, Any]) -> None:
+    """Refuse a widened model whose weights can't fit the one device it is to be loaded on, before it is built on disk.
+    Raises OutOfMemoryError."""
+    options = _load_options(hf_kwargs)
+    device = _one_device(options.get("device_map"))
+    if device is None or "quantization_config" in options:
+        return
+    dtype = _as_dtype(options["dtype"]) or torch.bfloat16  # as built
+    parts = small.target_parts(small.widening(shape_of(name), "cpu", dtype))
+    check_fits(sum(part_bytes(part, dtype) for part in parts), device, f"the weights of {name}", dtype)
 
 
 def load_target(source: str, hf_kwargs: dict[str, Any]) -> PreTrainedModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from eagle.model.embedded import ensure_embedded
 from eagle.model.hub import check_model_folder, ensure_local, looks_like_hub_id
 from eagle.model.presets import DEFAULT_MODEL, PRESETS, Preset, find_preset, heads_for, hint
 from eagle.model.widened import SmallPair
-from eagle.model.widened_folder import ensure_widened
+from eagle.model.widened_folder import ensure_widened, widened_folder
 
 __all__ = ["RANDOM_DRAFT", "ModelLocation", "ensure_local", "locate", "no_head"]
 
@@ -44,6 +45,7 @@ def locate(
     revision: str | None = None,
     in_memory: bool = False,
     progress: bool = True,
+    before_build: Callable[[str, SmallPair], None] | None = None,
 ) -> ModelLocation:
     """Resolve a target and a head.
 
@@ -51,7 +53,8 @@ def locate(
     (in any case; write ``./NAME`` for a folder of that name), a model folder, a folder written by ``eagle fetch --out``
     (it brings its head along), or a hub id. ``ea_model_path`` is a folder, a hub id or "random", and goes before the
     preset's head. The embedded and the widened models are made if they are missing, with ``in_memory`` only the former;
-    hub ids are not looked up.
+    hub ids are not looked up. before_build: called with a widened model's name and the pair it is made from before it is
+    built on disk; what it raises ends the call.
 
     Raises:
         ModelNotFoundError: nothing usable is there; the message names what is missing, or near matches.
@@ -82,6 +85,8 @@ def locate(
         if in_memory:
             widen, base, own_draft = small, str(small.target), str(small.head)
         else:
+            if before_build is not None and not widened_folder(preset.name).exists():
+                before_build(preset.name, small)
             folder = ensure_widened(preset.name, small, progress=progress)
             base, own_draft = str(folder / "target"), str(folder / "head")
     draft = own_draft if draft is None else draft
