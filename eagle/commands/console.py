@@ -52,10 +52,12 @@ def open_model(
     """
     total_token, depth, top_k = parse_tree(tree)
     check_kernels(kernels)
+    from eagle.model.loading import check_widened
     from eagle.model.locate import RANDOM_DRAFT, ensure_local, locate, no_head
 
+    options = {} if dtype is Dtype.auto else {"dtype": dtype.value}
     # Fetched before the libraries are quiet and the spinner turns: a first use draws bars of its own.
-    location = locate(model, draft)
+    location = locate(model, draft, before_build=lambda name, small: check_widened(name, small, options))
     if location.draft is None:
         raise no_head(location.base)
     ensure_local(location.base, "target model")
@@ -67,7 +69,6 @@ def open_model(
     from eagle.model.ea_model import EaModel
     from eagle.model.triton_kernels import optimize_eagle_with_triton
 
-    options = {} if dtype is Dtype.auto else {"dtype": dtype.value}
     with Console(stderr=True).status(f"Loading {model}"):
         loaded = EaModel.from_pretrained(
             model, ea_model_path=draft, total_token=total_token, depth=depth, top_k=top_k, **options

@@ -42,7 +42,9 @@ FEW_ROWS = 16
 quarter of the time, and each sum keeps its order (fp8 8B products at 10 rows: 15 to 30 % faster on an H100)."""
 
 COPIED_ROWS = 48
-"""From so many rows on the copy engine brings x: rows that are not there cost it time, and ordinary loads nothing."""
+"""From so many rows on the copy engine brings x: rows that are not there cost it time, and ordinary loads nothing. An
+H100's 4096×4096, microseconds at 10, 48 and 60 rows: copied 21.5, 16.7, 16.2, loaded 15.6, 16.5, 16.7; its weight in fp8,
+at 48: 11.4 and 13.2."""
 
 REDUCE_M, REDUCE_N = 8, 128
 """Sums a program of the second pass adds: enough programs for one tile of rows, whole lines of every part."""
