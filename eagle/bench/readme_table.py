@@ -25,15 +25,17 @@ def tables(content: Content, path: str) -> str:
     rows = summary_rows(content)
     if not rows:
         raise InvalidInputError(f"{path} holds no generations; make it with 'eagle bench report --parts generate'")
-    told = {
-        f"{result['eagle']['prompts']} prompts, at most {result['max_new_tokens']} new tokens each, {result['dtype']}, tree "
-        + "/".join(map(str, result["tree"]))
-        for result in generations(content).values()
-    }
+    told: dict[str, list[str]] = {}
+    for name, result in generations(content).items():
+        tree = "/".join(map(str, result["tree"]))
+        prompts = f"{result['eagle']['prompts']} prompts, at most {result['max_new_tokens']} new tokens each"
+        told.setdefault(f"{prompts}, {result['dtype']}, tree {tree}", []).append(name)
+    runs = [f"{what} ({', '.join(names)})" for what, names in told.items()]
     run = content["runs"][-1]
     where = (
-        f"{content['device']}, {run['date'][:10]}, torch {run['torch']}, triton {run['triton']}: {'; '.join(sorted(told))}, "
-        f"greedy, one prompt at a time, prefill included. Floor: the time in which a step's bytes can be read, at the "
+        f"{content['device']}, {run['date'][:10]}, torch {run['torch']}, triton {run['triton']}: "
+        f"{'; '.join(runs)}; greedy, one prompt at a time, prefill "
+        f"included. Floor: the time in which a step's bytes can be read, at the "
         f"bandwidth measured in the same run. [The whole report]({Path(path).with_suffix('.md').as_posix()})."
     )
     parts = [*([] if content["gpu"] else [f"**{CPU_MARK}**"]), where, table(HEAD, rows)]

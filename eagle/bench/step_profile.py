@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 import time
 from collections import defaultdict
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +20,11 @@ if TYPE_CHECKING:
     from eagle.model.ea_model import EaModel
 
 REPLAYS = 30
-"""Back to back for the wall time, and profiled."""
+"""Of a captured step: back to back for the wall time, and profiled."""
+
+EAGER_STEPS = 6
+"""Profiled of a generation whose steps are not captured: each has thousands of kernels, which the profiler takes a second
+to sort."""
 
 NAME_LENGTH = 64
 
@@ -65,8 +72,10 @@ def profile_step(model: EaModel, prompt: list[int], new_tokens: int = 128, *, sp
     loop_ms = 1e3 * stats.decode_seconds / max(1, stats.steps)
     steps = [step for step in model._session.captures.steps() if (step.run.draft is not None) == speculative]
     if not steps:
-        events, count = _profiled(model, lambda: _run(model, prompt, new_tokens, speculative), stats.steps)
-        return StepProfile(speculative, "eager", loop_ms, None, *_summed(events, count))
+        with closing(_stream(model, prompt, new_tokens, speculative)) as running:
+            next(running)  # prefill
+            events = _profiled(model, lambda: list(islice(running, EAGER_STEPS)))
+        return StepProfile(speculative, "eager", loop_ms, None, *_summed(events, min(EAGER_STEPS, stats.steps)))
     step = steps[-1]
     torch.cuda.synchronize(model.device)
     started = time.perf_counter()
@@ -74,8 +83,8 @@ def profile_step(model: EaModel, prompt: list[int], new_tokens: int = 128, *, sp
         step.replay()
     torch.cuda.synchronize(model.device)
     replay_ms = 1e3 * (time.perf_counter() - started) / REPLAYS
-    events, count = _profiled(model, lambda: [step.replay() for _ in range(REPLAYS)], REPLAYS)
-    return StepProfile(speculative, "captured", loop_ms, replay_ms, *_summed(events, count))
+    events = _profiled(model, lambda: [step.replay() for _ in range(REPLAYS)])
+    return StepProfile(speculative, "captured", loop_ms, replay_ms, *_summed(events, REPLAYS))
 
 
 def markdown(profile: StepProfile, rows: int = 16) -> list[str]:
@@ -102,18 +111,24 @@ def markdown(profile: StepProfile, rows: int = 16) -> list[str]:
     return lines
 
 
+def _stream(
+    model: EaModel, prompt: list[int], new_tokens: int, speculative: bool
+) -> Generator[list[list[int]], None, None]:
+    return model.stream([prompt], max_new_tokens=new_tokens, eos_token_id=(), speculative=speculative)
+
+
 def _run(model: EaModel, prompt: list[int], new_tokens: int, speculative: bool) -> None:
-    for _ in model.stream([prompt], max_new_tokens=new_tokens, eos_token_id=(), speculative=speculative):
+    for _ in _stream(model, prompt, new_tokens, speculative):
         pass
 
 
-def _profiled(model: EaModel, work: Any, steps: int) -> tuple[Any, int]:
+def _profiled(model: EaModel, work: Callable[[], object]) -> Any:
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         work()
         torch.cuda.synchronize(model.device)
-    return found.events(), steps
+    return found.events()
 
 
 def _summed(events: Any, steps: int) -> tuple[float, float, tuple[KernelTime, ...]]:
