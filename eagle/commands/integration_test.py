@@ -9,7 +9,7 @@ import typer
 
 from eagle.commands.benchmark import PROMPT, MaxLengthOption, PromptOption
 from eagle.commands.console import note
-from eagle.commands.measuring import check_counts, dtype_name, headline, is_raw, open_for_bench, settle_tree, spinner
+from eagle.commands.measuring import check_counts, dtype_name, headline, is_raw, open_for_bench, spinner
 from eagle.commands.options import (
     MODEL_DEFAULT,
     TREE_DEFAULT,
@@ -17,7 +17,6 @@ from eagle.commands.options import (
     Dtype,
     Kernels,
     ModelOption,
-    TreeOption,
     check_flags,
 )
 from eagle.commands.reply import check_text, decode, encode_prompt
@@ -37,7 +36,12 @@ def integration_test(
     max_length: MaxLengthOption = 100,
     num_runs: Annotated[int, typer.Option("--num-runs", help="Runs, original and optimised, that must agree.")] = 3,
     draft: DraftOption = None,
-    tree: TreeOption = TREE_DEFAULT,
+    tree: Annotated[
+        str,
+        typer.Option(
+            "--tree", metavar="TOTAL,DEPTH,TOPK", help="The draft tree. auto: 60,7,10 on a GPU, a small one else."
+        ),
+    ] = TREE_DEFAULT,
     dtype: Annotated[
         Dtype,
         typer.Option("--dtype", help="In float32 every check must hold; in 16 bits some compare near-ties only."),
@@ -56,7 +60,6 @@ def integration_test(
     tokenizer = loaded.get_tokenizer()
     ids = encode_prompt(tokenizer, prompt, raw=is_raw(loaded))
     [new_tokens] = token_budgets([len(ids)], loaded.target.context_length, None, max_length, 1)
-    settle_tree(loaded, tree)
     served, why_not = kernels_in_use(loaded)
     print(headline(model, loaded))
     print(f"prompt of {len(ids)} tokens, at most {new_tokens} new ones")
