@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 
 LEAST_PYTHON = (3, 10)
@@ -90,6 +91,7 @@ def check_devices() -> bool:
         if not gpus:
             line("note", "NVIDIA GPU", "none found: the package will run on the CPU, slowly")
         return True
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch says so before NumPy is installed
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: a shared library that does not load

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from tiny import tiny_eagle
 
 from eagle.bench import equality
 from eagle.bench.equality import compare, lengthened
+from eagle.cli import main
 from eagle.model.ops import TreeShape
 
 SHAPES = (TreeShape(12, 2, 3), TreeShape(4, 2, 1))
@@ -52,3 +54,9 @@ def test_prompts_are_lengthened_in_front() -> None:
     assert lengthened([1, 2], [7, 8, 9], 9) == [7, 8, 9, 7, 8, 9, 7, 1, 2]
     assert lengthened([1, 2], [7], 2) == [1, 2]
     assert lengthened([1, 2, 3], [7], 2) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("option", [("--batch", "0"), ("--batch", "-1"), ("--prefix", "-1")], ids=" ".join)
+def test_counts_are_checked_before_anything_is_loaded(option, capsys) -> None:
+    assert main(["bench", "equality", "--model", "no/such/model", *option]) == 2
+    assert option[0] in capsys.readouterr().err

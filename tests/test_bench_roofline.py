@@ -36,7 +36,7 @@ def test_floors_are_bytes_over_bandwidth():
         assert row.floor_ms == pytest.approx(1e3 * read.total / 25e9)
         assert row.share == pytest.approx(row.floor_ms / row.figures.step_ms)
         assert row.engine == "eager"
-        assert row.identical == 2
+        assert row.identical == (2 if row.figures.speculative else None)
     assert found.rows[0].read.total > found.rows[1].read.total
     assert told[-1][0] == "plain, as loaded"
     values = json.loads(json.dumps(found.to_json()))

@@ -130,6 +130,11 @@ def test_the_command(pair, capsys):
     assert "prefix 600, batch 2: not measured" in out
 
 
+def test_a_sweep_of_nothing_is_refused(pair, capsys):
+    assert main(["bench", "sweep", "--model", str(pair), "--quick", "--prefix", "100000"]) == 2
+    assert "beyond the model's context of" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

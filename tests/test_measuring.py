@@ -15,8 +15,9 @@ import eagle
 from eagle.bench import compare, provenance
 from eagle.cli import main, run
 from eagle.commands import benchmark, integration_test
-from eagle.commands.measuring import headline, machine, settle_tree
+from eagle.commands.measuring import headline, machine, room_for_steps, settle_tree
 from eagle.engine.tree_choice import TreeFigures
+from eagle.errors import InvalidInputError
 from eagle.model.ea_model import EaModel
 from eagle.model.ops import TreeShape
 from eagle.model.triton_kernels import optimize_eagle_with_triton
@@ -129,3 +130,11 @@ def test_figures_say_where_they_come_from():
 def test_the_command_is_as_it_was_typed(typed, line, monkeypatch):
     monkeypatch.setattr(sys, "argv", typed)
     assert provenance.command_line() == line
+
+
+def test_a_limit_that_leaves_no_step_is_refused(capsys):
+    assert room_for_steps(20, 60, 512) == 40
+    assert room_for_steps(20, 24, 512) == 4
+    assert "only 4 new tokens" in capsys.readouterr().err
+    with pytest.raises(InvalidInputError, match=r"leaves 1 new token after the prompt's 20.* give at least 36"):
+        room_for_steps(20, 21, 512)

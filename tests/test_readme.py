@@ -78,7 +78,10 @@ def test_the_table_lists_every_command():
 
 def test_files_and_counts():
     for name in re.findall(r"\]\(((?!http)[^)]+)\)", README) + re.findall(r"\w+\.(?:py|sh|ps1)\b", README):
-        assert (ROOT / name).exists(), name
+        path, _, anchor = name.partition("#")
+        assert (ROOT / path).exists(), name
+        titles = re.findall(r"^#+ (.+)$", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in {title.lower().replace(" ", "-") for title in titles}, name
     pairs = sum(preset.origin == "hub" for preset in PRESETS.values())
     assert f"lists {pairs} published pairs" in README
 

@@ -151,7 +151,9 @@ def roofline_section(model: str, result: dict[str, Any]) -> Section:
             f"{row['share']:.0%}" if row["steps"] else "–",
             f"{row['tokens_per_second']:.1f}",
             f"{row['accept_length']:.2f}",
-            f"{row['identical']} of {row['prompts']}",
+            "–"
+            if row["identical"] is None or row["decoding"] == "plain"
+            else f"{row['identical']} of {row['prompts']}",
         )
         for row in result["rows"]
     ]

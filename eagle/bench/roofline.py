@@ -32,7 +32,7 @@ class RooflineRow:
     read: StepBytes
     """At the middle of an average generation."""
     read_gb_s: float
-    identical: int
+    identical: int | None
     """Prompts whose EAGLE output equals the plain one of the same ops."""
 
     @property
@@ -123,5 +123,6 @@ def _rows(
         written = sum(map(len, figures.outputs))
         middle = round((figures.prompt_tokens + written / 2) / len(prompts))
         read = step_bytes(model, speculative=figures.speculative, positions=middle)
-        found.append(RooflineRow(decoding, ops, engine, figures, read, read_gb_s, report.identical))
+        identical = report.identical if figures.speculative else None
+        found.append(RooflineRow(decoding, ops, engine, figures, read, read_gb_s, identical))
     return found

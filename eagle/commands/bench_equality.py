@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from eagle.commands.console import choose_tree
-from eagle.commands.measuring import headline, open_for_bench
+from eagle.commands.measuring import check_counts, headline, open_for_bench
 from eagle.commands.options import (
     MODEL_DEFAULT,
     PAPER_TREE,
@@ -67,6 +67,10 @@ def equality(
     trees = tree or [PAPER_TREE]
     for text in trees:
         check_flags(text, kernels, max_new_tokens)
+    for rows in batch or ():
+        check_counts(batch=rows)
+    if prefix < 0:
+        raise typer.BadParameter(f"--prefix is {prefix}; expected at least 0")
     check_out(out)
     chosen = read_prompts(prompts, limit)
     found = []

@@ -102,6 +102,12 @@ def sweep(
     )
     if loaded.device.type != "cuda":
         note(NO_GPU)
+    context = loaded.target.context_length
+    if all(prefix + grid.new_tokens > context for prefix in grid.prefixes):
+        raise InvalidInputError(
+            f"--prefix is {', '.join(map(str, grid.prefixes))}: with {grid.new_tokens} new tokens each is beyond the "
+            f"model's context of {context}; give a shorter one"
+        )
     tokenizer, raw = loaded.get_tokenizer(), is_raw(loaded)
     texts = [prompt.text for prompt in read_prompts()]
     with progress("trees") as told:

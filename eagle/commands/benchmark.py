@@ -17,6 +17,7 @@ from eagle.commands.measuring import (
     is_raw,
     open_for_bench,
     progress,
+    room_for_steps,
     settings,
     settle_tree,
 )
@@ -68,10 +69,9 @@ def benchmark(
     loaded = open_for_bench(model, draft, tree, dtype)
 
     from eagle.bench.compare import compare
-    from eagle.model.inputs import token_budgets
 
     ids = encode_prompt(loaded.get_tokenizer(), prompt, raw=is_raw(loaded))
-    [new_tokens] = token_budgets([len(ids)], loaded.target.context_length, None, max_length, 1)
+    new_tokens = room_for_steps(len(ids), max_length, loaded.target.context_length)
     if loaded.device.type != "cuda":
         note(NO_GPU)
     settle_tree(loaded, tree)

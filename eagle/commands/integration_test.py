@@ -9,7 +9,7 @@ import typer
 
 from eagle.commands.benchmark import PROMPT, MaxLengthOption, PromptOption
 from eagle.commands.console import note
-from eagle.commands.measuring import check_counts, dtype_name, headline, is_raw, open_for_bench, spinner
+from eagle.commands.measuring import check_counts, dtype_name, headline, is_raw, open_for_bench, room_for_steps, spinner
 from eagle.commands.options import (
     MODEL_DEFAULT,
     TREE_DEFAULT,
@@ -55,11 +55,10 @@ def integration_test(
     loaded = open_for_bench(model, draft, tree, dtype)
 
     from eagle.bench.integration import FAIL, PASS, Bench, kernels_in_use, run_checks
-    from eagle.model.inputs import token_budgets
 
     tokenizer = loaded.get_tokenizer()
     ids = encode_prompt(tokenizer, prompt, raw=is_raw(loaded))
-    [new_tokens] = token_budgets([len(ids)], loaded.target.context_length, None, max_length, 1)
+    new_tokens = room_for_steps(len(ids), max_length, loaded.target.context_length)
     served, why_not = kernels_in_use(loaded)
     print(headline(model, loaded))
     print(f"prompt of {len(ids)} tokens, at most {new_tokens} new ones")

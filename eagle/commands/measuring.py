@@ -12,12 +12,15 @@ from eagle import __version__
 from eagle.commands.console import choose_tree, device_name, note, quiet_libraries
 from eagle.commands.options import TREE_DEFAULT, Dtype, parse_tree
 from eagle.commands.reply import NO_TEMPLATE, has_template
+from eagle.errors import InvalidInputError
 from eagle.versions import installed_version
 
 if TYPE_CHECKING:
     import torch
 
     from eagle.model.ea_model import EaModel
+
+FEW_TOKENS = 16
 
 NO_GPU = "no GPU: these are the figures of a CPU, which say little about a GPU's"
 
@@ -91,6 +94,22 @@ def machine(device: torch.device) -> dict[str, Any]:
         "versions": {"eagle-triton-kernels": __version__} | {name: installed_version(name) for name in packages},
         "provenance": provenance(device) | {"clocks": clocks(device)},
     }
+
+
+def room_for_steps(length: int, max_length: int, context: int) -> int:
+    """New tokens after a prompt of ``length`` tokens. Raises InvalidInputError where so few are left that no step of
+    decoding would run: the first token is prefill's."""
+    from eagle.model.inputs import token_budgets
+
+    [new_tokens] = token_budgets([length], context, None, max_length, 1)
+    if new_tokens < 2:
+        raise InvalidInputError(
+            f"--max-length {max_length} leaves {new_tokens} new token after the prompt's {length}, and no step would run; "
+            f"give at least {length + FEW_TOKENS}"
+        )
+    if new_tokens < FEW_TOKENS:
+        note(f"only {new_tokens} new tokens after the prompt's {length}: too few for figures that mean much")
+    return new_tokens
 
 
 def dtype_name(model: EaModel) -> str:

@@ -120,10 +120,10 @@ class Session:
 
     def _why_eager(self) -> str | None:
         device = self.target.device
-        if self.settings.engine == "eager":
-            return "as asked, or as loaded; optimize_eagle_with_triton captures on a GPU"
         if device.type != "cuda":
             return f"a capture needs a CUDA device, not {device.type}"
+        if self.settings.engine == "eager":
+            return "as asked, or as loaded; optimize_eagle_with_triton captures the step"
         if len({layer.device for layer in self.target.layer_shapes}) > 1:
             return "the target is spread over several devices"
         if self.captures.step_reason is not None:

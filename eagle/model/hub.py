@@ -120,9 +120,13 @@ def ensure_local(
             ) from error
         # The libraries' messages run on with advice of their own: keep the first sentence.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+        cure = (
+            "HF_HUB_OFFLINE is set: unset it once to fetch it"
+            if constants.HF_HUB_OFFLINE
+            else "Offline: run 'eagle fetch' where there is a network, and set HF_HUB_OFFLINE=1"
+        )
         raise DownloadError(
-            f"could not fetch the {what} {given!r} from {constants.ENDPOINT} ({reason}). Offline: run 'eagle fetch' "
-            "beforehand and set HF_HUB_OFFLINE=1, or pass a local folder"
+            f"could not fetch the {what} {given!r} from {constants.ENDPOINT} ({reason}). {cure}, or pass a local folder"
         ) from error
     return check_model_folder(folder, what)
 
