@@ -69,6 +69,7 @@ def test_all_parts_of_a_model(pair, tmp_path, capsys):
     parts = "accept,generate,roofline,sweep"
     assert main([*QUICK, "--models", str(pair), "--parts", parts, "--out", str(out)]) == 0
     printed = capsys.readouterr()
+    assert "EAGLE, ms a step" in printed.out
     assert ("no GPU" in printed.err) is not ON_GPU
     content = read_content(out / "report.json")
     assert list(content["models"]) == [str(pair)]

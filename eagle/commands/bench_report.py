@@ -13,7 +13,7 @@ from eagle.commands.bench_generate import BUILT_IN
 from eagle.commands.bench_peers import PeerPythonOption, PeerTimeoutOption, check_timeout, peer_pythons, run_peers
 from eagle.commands.bench_roofline import free_memory
 from eagle.commands.console import note
-from eagle.commands.measuring import NO_GPU, check_counts, is_raw, open_for_bench, progress, settle_tree
+from eagle.commands.measuring import NO_GPU, aligned, check_counts, is_raw, open_for_bench, progress, settle_tree
 from eagle.commands.options import (
     MODEL_DEFAULT,
     TREE_DEFAULT,
@@ -107,6 +107,7 @@ def report(
     from eagle.bench.provenance import clocks, provenance
     from eagle.bench.report import MODEL_PARTS, failures, opened, ran, record, save
     from eagle.bench.report_parts import Plan, kernels_part
+    from eagle.bench.report_summary import HEAD, summary_rows
     from eagle.bench.sweep import QUICK, Grid
 
     on_gpu = torch.cuda.is_available()
@@ -155,7 +156,10 @@ def report(
                 record(content, name, "peers", rows)
                 save(content, out)
     content["runs"][-1] |= {"clocks_after": clocks(device), "complete": True}
-    for path in save(content, out):
+    written = save(content, out)
+    if rows := summary_rows(content):
+        print("\n".join(aligned(HEAD, rows)), end="\n\n")
+    for path in written:
         print(f"wrote {path}")
     if found := failures(ran(content, names, asked)):
         note(*found)
