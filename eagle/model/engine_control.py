@@ -157,15 +157,21 @@ def _weights(settings: EngineSettings) -> tuple[str | None, ...]:
 
 def fingerprint(*models: nn.Module) -> tuple[object, ...]:
     """What fused weights and captured steps rest on: which modules there are, their forwards and hooks, and where each
-    parameter lies. 0.5 ms for 30 layers."""
-    return tuple(
-        (
-            id(module),
-            id(vars(module).get("forward")),
-            len(module._forward_hooks),
-            len(module._forward_pre_hooks),
-            *(parameter.data_ptr() for parameter in module._parameters.values() if parameter is not None),
-        )
-        for model in models
-        for module in model.modules()
-    )
+    parameter lies. Read from the modules' own dictionaries, at every call: 0.2 ms for 30 layers, where
+    ``Module.modules`` and attributes take 0.5."""
+    found: list[object] = []
+    seen: set[int] = set()
+    waiting = list(models)
+    while waiting:
+        module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        held = module.__dict__
+        found += (id(module), id(held.get("forward")), len(held["_forward_hooks"]), len(held["_forward_pre_hooks"]))
+        for parameter in held["_parameters"].values():
+            if parameter is not None:
+                found.append(parameter.data_ptr())
+        if children := held["_modules"]:
+            waiting += [child for child in children.values() if child is not None]
+    return tuple(found)
