@@ -105,18 +105,18 @@ def test_seed_makes_sampling_repeatable(capsys, pair):
 
 
 def test_a_difference_is_told(capsys, pair, monkeypatch):
-    original = EaModel._stream
+    original = EaModel.stream
 
     def stream(self, *args, speculative=True, **kwargs):
-        steps, stats = original(self, *args, speculative=speculative, **kwargs)
+        steps = original(self, *args, speculative=speculative, **kwargs)
 
         def changed():
             for index, new in enumerate(steps):
                 yield [[new[0][0] ^ 1, *new[0][1:]]] if index == 3 and not speculative else new
 
-        return changed(), stats
+        return changed()
 
-    monkeypatch.setattr(EaModel, "_stream", stream)
+    monkeypatch.setattr(EaModel, "stream", stream)
     out, _ = run(capsys, "generate", "--model", str(pair), *TREE, "-n", "9", "--compare", "Hello")
     assert out.splitlines()[-1].endswith("identical: no (first at new token 4)")
 

@@ -224,7 +224,8 @@ def test_each_call_counts_its_own_steps_whatever_other_threads_do(eagle: EaModel
     worker.start()  # waits for its turn
     while eagle.last_stats.prompt_tokens:  # until the worker has made its call
         time.sleep(0.01)
-    steps, stats = eagle._stream(ids, max_new_tokens=4)
+    stats = GenerationStats()
+    steps = eagle.stream(ids, max_new_tokens=4, stats=stats)
     assert eagle.last_stats is stats
     steps.close()
     taken = sum(1 for _ in long)
@@ -237,18 +238,18 @@ def test_each_call_counts_its_own_steps_whatever_other_threads_do(eagle: EaModel
 def test_a_logged_call_beside_another_thread_counts_its_own_steps(eagle: EaModel, monkeypatch) -> None:
     ids, found = prompt(), []
     wanted = eagle.eagenerate(ids, max_new_tokens=40, log=True)[1:]
-    original = EaModel._stream
+    original = EaModel.stream
 
     def beside(self, *args, **kwargs):
-        steps, stats = original(self, *args, **kwargs)
+        steps = original(self, *args, **kwargs)
 
         def interleaved():
             yield from steps
             self.last_stats = GenerationStats(steps=999)  # what another thread's call does
 
-        return interleaved(), stats
+        return interleaved()
 
-    monkeypatch.setattr(EaModel, "_stream", beside)
+    monkeypatch.setattr(EaModel, "stream", beside)
     found = eagle.eagenerate(ids, max_new_tokens=40, log=True)[1:]
     assert found == wanted
     _, count, last = eagle.naivegenerate(ids, max_new_tokens=7, log=True)

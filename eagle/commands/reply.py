@@ -158,7 +158,10 @@ def reply_to(
     keep_interrupted: Ctrl-C ends the reply and returns what there is. Raises InvalidInputError.
     """
     tokenizer = model.get_tokenizer()
-    steps, stats = model._stream(
+    from eagle.engine.loop import GenerationStats
+
+    stats = GenerationStats()
+    steps = model.stream(
         [ids],
         max_new_tokens=settings.max_new_tokens,
         sampling=settings.sampling,
@@ -166,6 +169,7 @@ def reply_to(
         stop_strings=settings.stop or None,
         speculative=speculative,
         reuse_prefix=reuse_prefix,
+        stats=stats,
     )
     reply, stream = Reply(stats=stats), TextStream(tokenizer)
     try:

@@ -163,9 +163,11 @@ class StaticState:
             mine, theirs = getattr(self.state, entry.name), getattr(state, entry.name)
             if mine is not None:
                 mine[:rows].copy_(theirs)
-                mine[rows:].zero_()
-        self.state.kv_len[rows:].fill_(1)
-        self.state.done[rows:].fill_(True)
+                if rows < len(mine):
+                    mine[rows:].zero_()
+        if rows < len(self.state.root):
+            self.state.kv_len[rows:].fill_(1)
+            self.state.done[rows:].fill_(True)
 
     def read(self, report: torch.Tensor) -> tuple[list[list[int]], list[bool]]:
         """Each row's new tokens and whether it is done, from a copy of ``report`` on the host."""

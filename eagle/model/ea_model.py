@@ -183,45 +183,16 @@ class EaModel(EngineControl, ReferenceMethods):
         seed: int | None = None,
         speculative: bool = True,
         reuse_prefix: bool = False,
+        stats: GenerationStats | None = None,
     ) -> Generator[list[list[int]], None, None]:
         """Generate, yielding each step's new tokens as one list for each row.
 
         Arguments are checked at the call, before the first step. `last_stats` are this call's figures until another call
         is made, and complete when the iterator ends. stop_strings: a row ends with the token that completes one of them.
-        reuse_prefix: keep what the caches already hold of this prompt (one sequence; a growing chat). Closing the
-        iterator early leaves the model usable.
+        reuse_prefix: keep what the caches already hold of this prompt (one sequence; a growing chat). stats: takes this
+        call's figures, where another thread's call may be the one that `last_stats` tells of. Closing the iterator early
+        leaves the model usable.
         """
-        steps, _ = self._stream(
-            input_ids,
-            attention_mask=attention_mask,
-            max_new_tokens=max_new_tokens,
-            max_length=max_length,
-            sampling=sampling,
-            eos_token_id=eos_token_id,
-            stop_strings=stop_strings,
-            generator=generator,
-            seed=seed,
-            speculative=speculative,
-            reuse_prefix=reuse_prefix,
-        )
-        return steps
-
-    def _stream(
-        self,
-        input_ids: Any,
-        *,
-        attention_mask: Any = None,
-        max_new_tokens: int | None = None,
-        max_length: int | None = None,
-        sampling: Sampling | None = None,
-        eos_token_id: int | Iterable[int] | None = None,
-        stop_strings: str | Iterable[str] | None = None,
-        generator: torch.Generator | None = None,
-        seed: int | None = None,
-        speculative: bool = True,
-        reuse_prefix: bool = False,
-    ) -> tuple[Generator[list[list[int]], None, None], GenerationStats]:
-        """`stream`, with its own figures: another thread's call may be the one that `last_stats` tells of."""
         sampling = sampling or Sampling()
         prompts = token_rows(input_ids, attention_mask, self.target.spec.vocab_size)
         lengths, context = [len(prompt) for prompt in prompts], self.target.context_length
@@ -231,12 +202,12 @@ class EaModel(EngineControl, ReferenceMethods):
         uniforms = None
         if not sampling.greedy:
             uniforms = _uniforms(len(prompts), max(budgets) + self.tree_shape.path, generator, seed).to(self.device)
-        stats = GenerationStats()
+        stats = GenerationStats() if stats is None else stats
         self.last_stats = stats
         stops = None if stop_strings is None else StopStrings(self.tokenizer, stop_strings)
         call = Call(prompts, budgets, self.tree_shape, sampling, eos, uniforms, speculative, reuse_prefix)
         steps = self._session.run(call, stats, self._refresh)
-        return (steps if stops is None else until_stopped(steps, stops, len(prompts), stats)), stats
+        return steps if stops is None else until_stopped(steps, stops, len(prompts), stats)
 
     def generate(
         self,

@@ -19,7 +19,7 @@ class ReferenceMethods:
     """``eagenerate`` and its kin (SafeAILab/EAGLE, ``eagle/model/ea_model.py``), on top of ``EaModel.stream``."""
 
     tokenizer: PreTrainedTokenizerBase | None
-    _stream: Callable[..., tuple[Generator[list[list[int]], None, None], GenerationStats]]
+    stream: Callable[..., Generator[list[list[int]], None, None]]
     _eos_ids: Callable[[Any], set[int]]
 
     def eagenerate(
@@ -111,13 +111,15 @@ class ReferenceMethods:
             if is_llama3:
                 extra.append(self.tokenizer.convert_tokens_to_ids("<|eot_id|>"))
             eos |= {token for token in extra if token is not None}
-        steps, stats = self._stream(
+        stats = GenerationStats()
+        steps = self.stream(
             input_ids,
             max_new_tokens=max_new_tokens,
             max_length=max_length,
             sampling=check_sampling(temperature, top_p, top_k, top_k_first=False),
             eos_token_id=eos,
             speculative=speculative,
+            stats=stats,
         )
 
         def outputs() -> Iterator[torch.Tensor]:
