@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_draft, tiny_eagle, tiny_target
 
-from eagle.bench.step_profile import KernelTime, StepProfile, covered, markdown, profile_step, short_name
+from eagle.bench.step_profile import KernelTime, StepProfile, device_spans, held_up, markdown, profile_step, short_name
 from eagle.errors import InvalidInputError
 from eagle.model.ea_model import EaModel
 from eagle.model.triton_kernels import optimize_eagle_with_triton
@@ -61,13 +63,36 @@ def test_a_real_step(speculative: bool) -> None:
     assert (eager.engine, captured.engine) == ("eager", "captured")
     assert eager.replay_ms is None
     for profile in (eager, captured):
-        assert 0 < profile.busy_ms <= 1.001e-3 * sum(kernel.microseconds for kernel in profile.table)
+        assert profile.busy_ms == pytest.approx(1e-3 * sum(kernel.microseconds for kernel in profile.table))
+        assert profile.busy_ms > 0
+        assert not {"cudaLaunchKernel", "cudaGraphLaunch"} & {kernel.name for kernel in profile.table}
         assert profile.kernels == pytest.approx(sum(kernel.calls for kernel in profile.table))
     assert "product_kernel" in {kernel.name.lstrip("_") for kernel in captured.table}
     assert captured.kernels < eager.kernels
 
 
-@given(spans=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), max_size=12))
-def test_covered_counts_each_moment_once(spans: list[tuple[int, int]]) -> None:
-    spans = [(start, start + length) for start, length in spans]
-    assert covered(spans) == len({moment for start, end in spans for moment in range(start, end)})
+@given(spans=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9), st.sampled_from("abc")), max_size=12))
+def test_each_moment_goes_to_what_ends_first(spans: list[tuple[int, int, str]]) -> None:
+    spans = [(start, start + length, name) for start, length, name in spans]
+    expected: Counter[str] = Counter()
+    for moment in range(50):
+        running = [(end, name) for start, end, name in spans if start <= moment < end]
+        if running:
+            expected[min(running)[1]] += 1
+    assert {name: time for name, time in held_up(spans).items() if time} == dict(expected)
+
+
+def test_a_trace_gives_what_ran_on_the_device() -> None:
+    """The profiler puts driver calls, their overhead and annotations beside the kernels."""
+    event = {"ph": "X", "ts": 10.0, "dur": 2.5}
+    trace = {
+        "traceEvents": [
+            event | {"cat": "kernel", "name": "void at::native::reduce_kernel<512, 1>(int)"},
+            event | {"cat": "gpu_memset", "name": "Memset (Device)"},
+            event | {"cat": "cuda_runtime", "name": "cudaLaunchKernel"},
+            event | {"cat": "overhead", "name": "Activity Buffer Request"},
+            event | {"cat": "gpu_user_annotation", "name": "step"},
+            {"ph": "M", "name": "process_name"},
+        ]
+    }
+    assert device_spans(trace) == [(10.0, 12.5, "reduce_kernel"), (10.0, 12.5, "Memset")]

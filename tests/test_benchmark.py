@@ -111,6 +111,8 @@ def test_a_difference_is_shown_where_it_begins(monkeypatch):
     text = "\n".join(lines(found, "a device"))
     assert "outputs identical: NO" in text
     assert f"no, first at new token {where + 1}" in text
+    assert "--dtype float32 decides" not in text
+    assert "--dtype float32 decides" in lines(found, "a device", sixteen_bits=True)[-1]
 
 
 def test_the_command(pair, capsys, tmp_path):

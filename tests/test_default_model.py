@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import relative_error
 
 from eagle.bench.prompts import read_prompts
 from eagle.model.ea_model import EaModel
 from eagle.model.embedded import cache_folder, is_complete
+from eagle.model.triton_kernels import optimize_eagle_with_triton
 
 FOLDER = cache_folder() / "models" / "SmolLM2-135M"
 pytestmark = [
@@ -41,3 +43,31 @@ def test_text_is_transformers_own(eagle: EaModel) -> None:
     fast = eagle.generate(ids, attention_mask=mask, max_new_tokens=24)
     assert torch.equal(fast, wanted.cpu())
     assert torch.equal(fast, eagle.generate(ids, attention_mask=mask, max_new_tokens=24, speculative=False))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_eagle_8b_is_the_default_model_to_the_precision_of_bfloat16(eagle: EaModel) -> None:
+    """Its logits are as near to float32's as the small model's in bfloat16, and so are its accept lengths."""
+    if torch.cuda.mem_get_info()[0] < 24e9:
+        pytest.skip("needs 24 GB of free GPU memory")
+    small = EaModel.from_pretrained("SmolLM2-135M", dtype=torch.bfloat16)
+    wide = EaModel.from_pretrained("EAGLE-8B", in_memory=True)
+    rows = prompt_rows(eagle, 6)
+    with torch.inference_mode():
+        for row in rows:
+            ids = torch.tensor([row], device=eagle.device)
+            exact, own, found = (model.base_model(ids).logits for model in (eagle, small, wide))
+            real, surplus = found.split([exact.shape[-1], found.shape[-1] - exact.shape[-1]], dim=-1)
+            assert relative_error(real, exact) < 1.5 * relative_error(own, exact)
+            assert (real.amax(-1) > surplus.amax(-1)).all()
+    lengths = []
+    for model in (small, wide):
+        optimize_eagle_with_triton(model)
+        steps = tokens = 0
+        for row in rows:
+            model.generate([row], max_new_tokens=96)
+            steps += model.last_stats.steps
+            tokens += model.last_stats.accept_length * model.last_stats.steps
+        lengths.append(tokens / steps)
+    assert lengths[1] == pytest.approx(lengths[0], rel=0.1)

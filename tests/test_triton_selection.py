@@ -224,9 +224,11 @@ def test_every_bound_is_a_size_of_the_call():
     assert (tree["causal_rows"], tree["tree"]) == (0, 5)
     assert {bound.size for bound in (*selection.FLASH_LIMITS, selection.PROMPTS)} <= set(tree)
     x, weight = torch.zeros(2, 3, 7), torch.zeros(6, 7)
-    assert SIZES["linear"](x, weight, norm_weight=x[0, 0]) == SIZES["gate_up_swiglu"](x, weight) == {"rows": 6}
+    rows = {"rows": 6, "one_byte_rows": 0}
+    assert SIZES["linear"](x, weight, norm_weight=x[0, 0]) == SIZES["gate_up_swiglu"](x, weight) == rows
     sizes = SIZES["linear_add_rms_norm"](x, weight, torch.zeros(2, 3, 6), weight[:, 0], 1e-5)
-    assert sizes == {"rows": 6, "width": 6}
+    assert sizes == {**rows, "width": 6}
+    assert SIZES["linear"](x, weight.to(torch.int8)) == {"rows": 0, "one_byte_rows": 6}
 
 
 def test_calls_beyond_a_bound_go_to_pytorch():
@@ -235,7 +237,9 @@ def test_calls_beyond_a_bound_go_to_pytorch():
     served = Served("linear", lambda *_: ran.append("triton"), lambda *_: ran.append("torch"), LIMITS["linear"], plan)
     for rows in (64, 65, 1):
         served(torch.zeros(rows, 3), torch.zeros(4, 3))
-    assert ran == ["triton", "torch", "triton"]
+    for rows in (512, 513):
+        served(torch.zeros(rows, 3), torch.zeros(4, 3, dtype=torch.int8))
+    assert ran == ["triton", "torch", "triton", "triton", "torch"]
 
 
 def test_decoding_ops_lift_the_bound_on_rows_alone():

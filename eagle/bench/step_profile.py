@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from heapq import heappop, heappush
 from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.autograd import DeviceType
 
 from eagle.errors import InvalidInputError
 
@@ -28,10 +31,16 @@ to sort."""
 
 NAME_LENGTH = 64
 
+ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
+"""Categories of the profiler's trace that occupy the device; the others are the host's calls, and marks."""
+
+Span = tuple[float, float, str]
+"""Start and end in microseconds, and a kernel's name."""
+
 
 @dataclass(frozen=True)
 class KernelTime:
-    """One kernel's share of a step."""
+    """One kernel's share of a step: the time in which the others wait for it (`held_up`)."""
 
     name: str
     calls: float
@@ -41,8 +50,7 @@ class KernelTime:
 @dataclass(frozen=True)
 class StepProfile:
     """Milliseconds of a step. ``loop_ms``: in a generation, from result to result; ``replay_ms``: captured steps back to
-    back, None without a capture; ``busy_ms``: at least one kernel runs. Dependent launches overlap, so the table's
-    times may add up to more."""
+    back, None without a capture; ``busy_ms``: at least one kernel runs, which is what the table's times add up to."""
 
     speculative: bool
     engine: str
@@ -94,8 +102,8 @@ def markdown(profile: StepProfile, rows: int = 16) -> list[str]:
     total = sum(kernel.microseconds for kernel in profile.table)
     lines = [
         f"{kind}, {profile.engine}: {profile.loop_ms:.3f} ms a step in a generation, {replay}"
-        f"{profile.kernels:.0f} kernels keep the GPU busy for {profile.busy_ms:.3f} ms and take {total / 1e3:.3f} ms one "
-        f"by one; idle between steps {profile.idle_share:.1%}",
+        f"{profile.kernels:.0f} kernels keep the GPU busy for {profile.busy_ms:.3f} ms; "
+        f"idle {'between steps' if profile.replay_ms is not None else 'of a step'} {profile.idle_share:.1%}",
         "",
         "| kernel | calls | µs a call | µs a step | share |",
         "|---|---|---|---|---|",
@@ -122,42 +130,64 @@ def _run(model: EaModel, prompt: list[int], new_tokens: int, speculative: bool) 
         pass
 
 
-def _profiled(model: EaModel, work: Callable[[], object]) -> Any:
+def _profiled(model: EaModel, work: Callable[[], object]) -> list[Span]:
+    """What the device ran during ``work``, from the profiler's trace, which tells it from the driver's calls."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         work()
         torch.cuda.synchronize(model.device)
-    return found.events()
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        found.export_chrome_trace(str(path))
+        return device_spans(json.loads(path.read_text(encoding="utf-8")))
 
 
-def _summed(events: Any, steps: int) -> tuple[float, float, tuple[KernelTime, ...]]:
-    calls: dict[str, float] = defaultdict(float)
+def device_spans(trace: dict[str, Any]) -> list[Span]:
+    """Kernels, copies and fills of a trace in Chrome's format (times in microseconds)."""
+    ran = (event for event in trace["traceEvents"] if event.get("cat") in ON_DEVICE and event.get("dur", 0) > 0)
+    return [(event["ts"], event["ts"] + event["dur"], short_name(event["name"])) for event in ran]
+
+
+def _summed(spans: list[Span], steps: int) -> tuple[float, float, tuple[KernelTime, ...]]:
+    calls = Counter(name for _, _, name in spans)
+    spent = held_up(spans)
+    names = sorted(calls, key=lambda name: -spent[name])
+    table = tuple(KernelTime(name, calls[name] / steps, spent[name] / steps) for name in names)
+    return sum(spent.values()) / 1e3 / steps, len(spans) / steps, table
+
+
+def held_up(spans: list[Span]) -> dict[str, float]:
+    """The time in which anything runs, shared out by name: each moment goes to the running span that ends first.
+
+    Where a kernel is put in place while its predecessor runs, and waits for its end, the moment is the predecessor's.
+    """
+    waiting = sorted(spans)
+    running: list[tuple[float, str]] = []
     spent: dict[str, float] = defaultdict(float)
-    spans = []
-    for event in events:
-        start, end = event.time_range.start, event.time_range.end  # microseconds
-        if event.device_type is not DeviceType.CPU and end > start:
-            name = short_name(event.name)
-            calls[name] += 1 / steps
-            spent[name] += (end - start) / steps
-            spans.append((start, end))
-    table = tuple(KernelTime(name, calls[name], spent[name]) for name in sorted(spent, key=lambda name: -spent[name]))
-    return covered(spans) / 1e3 / steps, sum(calls.values()), table
-
-
-def covered(spans: list[tuple[float, float]]) -> float:
-    """The length of the union of the spans (start, end)."""
-    length, reached = 0.0, float("-inf")
-    for start, end in sorted(spans):
-        length += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return length
+    now, index = float("-inf"), 0
+    while running or index < len(waiting):
+        if not running:
+            now = max(now, waiting[index][0])
+        while index < len(waiting) and waiting[index][0] <= now:
+            heappush(running, waiting[index][1:])
+            index += 1
+        end, name = running[0]
+        until = end if index == len(waiting) else min(end, waiting[index][0])
+        spent[name] += until - now
+        now = until
+        while running and running[0][0] <= now:
+            heappop(running)
+    return spent
 
 
 def short_name(kernel: str) -> str:
     """A kernel's name without return type, namespaces, template and function arguments, the innermost functor kept."""
     functor = re.findall(r"(\w+(?:_kernel_cuda|Functor\w*|Ops?))\b", kernel)
-    name = re.split(r"[<(]", re.sub(r"^void ", "", kernel).replace("(anonymous namespace)::", ""))[0].split("::")[-1]
+    name = (
+        re.split(r"[<(]", re.sub(r"^void ", "", kernel).replace("(anonymous namespace)::", ""))[0]
+        .split("::")[-1]
+        .strip()
+    )
     name = f"{name} ({functor[-1]})" if functor and functor[-1] not in name else name
     return name[:NAME_LENGTH]

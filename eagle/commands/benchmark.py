@@ -42,6 +42,11 @@ if TYPE_CHECKING:
 PROMPT = "Explain in a few sentences why the sky is blue at noon and red at sunset."
 HEAD = ("", "time, s: min", "median", "max", "tokens/s", "ms/step", "accept length", "GB/s", "of measured")
 
+SIXTEEN_BITS = (
+    "  in 16 bits a library's sums depend on how many rows are computed together, so a near-tie between two tokens may fall "
+    "either way as loaded; --dtype float32 decides"
+)
+
 PromptOption = Annotated[str, typer.Option("--prompt", help="What the model is asked.")]
 MaxLengthOption = Annotated[
     int, typer.Option("--max-length", help="Prompt and new tokens together, as in transformers and the reference.")
@@ -89,7 +94,7 @@ def benchmark(
         print(headline(model, loaded))
         print(f"prompt of {len(ids)} tokens, at most {new_tokens} new ones, {num_runs} runs after a warm-up, greedy")
         print()
-        for line in lines(found, device_name(loaded.device)):
+        for line in lines(found, device_name(loaded.device), sixteen_bits=loaded.base_model.dtype.itemsize == 2):
             print(line)
     if plot is not None:
         from eagle.bench.run_plots import plot_ways
@@ -98,8 +103,8 @@ def benchmark(
         note(f"wrote {plot}")
 
 
-def lines(found: Comparison, device: str) -> list[str]:
-    """The comparison for people."""
+def lines(found: Comparison, device: str, *, sixteen_bits: bool = False) -> list[str]:
+    """The comparison for people. sixteen_bits: whether the model computes in float16 or bfloat16."""
     has_peak = found.ways[0].figures.peak_memory_bytes is not None
     head = (*HEAD, *(["peak GB"] if has_peak else []), "speed-up")
     shown = aligned(head, [_cells(found, way) for way in found.ways])
@@ -116,6 +121,8 @@ def lines(found: Comparison, device: str) -> list[str]:
         for pair, where in found.partings().items()
     ]
     shown += [f"  {way.name}: its own runs differ from each other" for way in found.ways if not way.figures.repeatable]
+    if not found.identical and sixteen_bits:
+        shown.append(SIXTEEN_BITS)
     return shown
 
 

@@ -98,13 +98,14 @@ class Captures:
             return {"capture": False, "pool": None, "stream": None}
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-            self._stream = torch.cuda.Stream(device)  # one: a library keeps a workspace for each
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)  # one for good: cuBLAS keeps 32 MB for each it has seen
         return {"capture": True, "pool": self._pool, "stream": self._stream}
 
     def _leave_pool(self) -> None:
         """Have later captures begin a pool of their own: what a failed one took from this pool never comes back to it,
         and an empty one holds memory for nothing."""
-        self._pool = self._stream = None
+        self._pool = None
 
     def _refused(self, what: str, run: Run, error: RuntimeError, required: bool) -> str:
         self._leave_pool()

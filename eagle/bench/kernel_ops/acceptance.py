@@ -20,7 +20,7 @@ CLEAR = 1e-5
 def posterior_trial(case: Case, device: torch.device, *, poisoned: bool) -> Trial:
     """The target's logits at every node of a tree; four of five children are likely, so that walks are long."""
     nodes, vocab, path = case.tree.total_token, case.model.vocab, case.tree.path
-    tree = random_tree(nodes, vocab, device)
+    tree = random_tree(case.tree, vocab, device)
     logits = torch.randn(1, nodes, vocab, device=device).to(case.dtype)
     likely = torch.rand(nodes - 1, device=device) < 0.8
     logits[0, tree.parents[0, 1:][likely], tree.tokens[0, 1:][likely]] = 12.0

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from eagle.bench.kernel_cases import Case
-from eagle.bench.kernel_ops.inputs import ancestors, random_parents, tree_words
+from eagle.bench.kernel_ops.inputs import ancestors, chain_parents, random_parents, tree_words
 from eagle.bench.kernel_ops.trial import TORCH, Trial, nbytes, relative_error
 from eagle.model.attention import attention as torch_attention
 from eagle.model.attention import visible_slots
@@ -32,7 +32,9 @@ def attention_trial(case: Case, device: torch.device, *, poisoned: bool) -> Tria
     for cache in (k, v):
         cache[:, :, held:] = float("nan") if poisoned else 0.0
     kv_len = torch.tensor([start], dtype=torch.int64, device=device)
-    parents = random_parents(rows, chain=form == "chain") if form in ("tree", "chain") else None
+    parents = None
+    if form in ("tree", "chain"):
+        parents = chain_parents(rows) if form == "chain" else random_parents(rows, case.tree.path - 1)
     words = None if parents is None else tree_words(parents, device)
     scale = model.head_size**-0.5
     heads = model.heads * model.head_size

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import torch
 
-from eagle.model.ops import WORD_BITS, DraftTree, mask_words
+from eagle.model.ops import WORD_BITS, DraftTree, TreeShape, mask_words
 
 
-def random_parents(nodes: int, *, chain: bool) -> list[int]:
-    """Parents of one tree, -1 for the root: a chain, or each node under one of the eight before it."""
-    if chain:
-        return list(range(-1, nodes - 1))
-    return [-1] + [int(torch.randint(max(0, node - 8), node, ())) for node in range(1, nodes)]
+def chain_parents(nodes: int) -> list[int]:
+    """Parents of a chain, -1 for the root."""
+    return list(range(-1, nodes - 1))
+
+
+def random_parents(nodes: int, depth: int) -> list[int]:
+    """Parents of one tree, -1 for the root: each node under one of the eight before it, or above that one where it would
+    lie deeper than ``depth`` (the root's is 0)."""
+    parents, depths = [-1], [0]
+    for node in range(1, nodes):
+        parent = int(torch.randint(max(0, node - 8), node, ()))
+        if depths[parent] == depth:
+            parent = parents[parent]
+        parents.append(parent)
+        depths.append(depths[parent] + 1)
+    return parents
 
 
 def ancestors(parents: list[int]) -> list[list[int]]:
@@ -32,9 +43,10 @@ def tree_words(parents: list[int], device: torch.device) -> torch.Tensor:
     return torch.tensor(signed, dtype=torch.int64, device=device)[None]
 
 
-def random_tree(nodes: int, vocab: int, device: torch.device) -> DraftTree:
-    """One random tree; siblings may carry equal tokens."""
-    parents = random_parents(nodes, chain=False)
+def random_tree(shape: TreeShape, vocab: int, device: torch.device) -> DraftTree:
+    """One random tree of a shape's nodes and depth; siblings may carry equal tokens."""
+    nodes = shape.total_token
+    parents = random_parents(nodes, shape.path - 1)
     depths = [len(path) - 1 for path in ancestors(parents)]
     as_row = {"dtype": torch.int64, "device": device}
     return DraftTree(

@@ -18,7 +18,17 @@ from eagle.model.kv_cache import LayerShape
 from eagle.model.ops import Ops
 from eagle.model.torch_ops import TORCH_OPS
 from eagle.model.triton_kernels.flash import SIZE_STEP, FlashPrompts
-from eagle.model.triton_kernels.selection import FLASH_LIMITS, OPS, PROMPTS, Bound, Choice, Plan, bounds, flash_serves
+from eagle.model.triton_kernels.selection import (
+    FLASH_LIMITS,
+    OPS,
+    PROMPTS,
+    ROW_SIZES,
+    Bound,
+    Choice,
+    Plan,
+    bounds,
+    flash_serves,
+)
 
 MODULES = {
     "attention": "attention",
@@ -95,11 +105,12 @@ def _norm(x, *_, **__):
 
 
 def _linear(x, weight, *_, **__):
-    return {"rows": x.numel() // weight.shape[1]}
+    rows = x.numel() // weight.shape[1]
+    return {"rows": 0, "one_byte_rows": rows} if weight.itemsize == 1 else {"rows": rows, "one_byte_rows": 0}
 
 
 def _linear_add_rms_norm(x, weight, *_, **__):
-    return {"rows": x.numel() // weight.shape[1], "width": weight.shape[0]}
+    return {**_linear(x, weight), "width": weight.shape[0]}
 
 
 SIZES: dict[str, Callable[..., dict[str, int]]] = {
@@ -182,8 +193,8 @@ def decoding_ops(ops: Ops) -> Ops:
     found = {}
     for op in OPS:
         served = getattr(ops, op)
-        if isinstance(served, Served) and any(bound.size == "rows" for bound in served.bounds):
-            found[op] = replace(served, bounds=tuple(bound for bound in served.bounds if bound.size != "rows"))
+        if isinstance(served, Served) and any(bound.size in ROW_SIZES for bound in served.bounds):
+            found[op] = replace(served, bounds=tuple(bound for bound in served.bounds if bound.size not in ROW_SIZES))
     return ops.replaced(**found) if found else ops
 
 

@@ -58,7 +58,11 @@ class Bound:
 
 
 FEW_ROWS = Bound("rows", 64, "the kernel is made for up to 64 rows; the library is faster on more")
-"""`dispatch.decoding_ops` lifts it: the kernel is right for any number of rows."""
+FEW_ONE_BYTE_ROWS = Bound("one_byte_rows", 512, "with one-byte weights the library is faster on more than 512 rows")
+"""The library has to widen a one-byte weight first, at 9 bytes of traffic a value: what eight tiles of 64 rows cost."""
+
+ROW_SIZES = ("rows", "one_byte_rows")
+"""Of these bounds. `dispatch.decoding_ops` lifts them: the kernel is right for any number of rows."""
 
 LIMITS: dict[str, tuple[Bound, ...]] = {
     "attention": (Bound("head_size", 256, "the kernel takes head sizes up to 256"),),
@@ -78,9 +82,13 @@ LIMITS: dict[str, tuple[Bound, ...]] = {
     "add_rms_norm": (Bound("width", 32768, "the kernel takes rows of up to 32,768 values"),),
     "cat_rms_norm": (Bound("width", 32768, "the kernel takes rows of up to 32,768 values"),),
     "draft_input": (Bound("width", 32768, "the kernel takes rows of up to 32,768 values"),),
-    "linear": (FEW_ROWS,),
-    "gate_up_swiglu": (FEW_ROWS,),
-    "linear_add_rms_norm": (FEW_ROWS, Bound("width", 32768, "the kernel takes rows of up to 32,768 values")),
+    "linear": (FEW_ROWS, FEW_ONE_BYTE_ROWS),
+    "gate_up_swiglu": (FEW_ROWS, FEW_ONE_BYTE_ROWS),
+    "linear_add_rms_norm": (
+        FEW_ROWS,
+        FEW_ONE_BYTE_ROWS,
+        Bound("width", 32768, "the kernel takes rows of up to 32,768 values"),
+    ),
 }
 """What the kernels take. Sizes are those of `CASES` and `dispatch.SIZES`; the numbers are the kernels' own."""
 
