@@ -117,7 +117,7 @@ PRODUCTS = ("linear", "gate_up_swiglu", "linear_add_rms_norm")
 
 SLOWER: dict[str, dict[torch.dtype, tuple[str, ...]]] = {"NVIDIA H100": {torch.float32: PRODUCTS}}
 """A part of the GPU's name → dtype → ops whose kernel takes longer than the library (IEEE products without tensor cores: 1.2
-to 2.4 times). It serves where output is to be exact: only it gives a row of a tree the bits it has alone."""
+to 7 times). It serves where output is to be exact: only it gives a row of a tree the bits it has alone."""
 
 CASES: dict[str, dict[str, dict[str, int]]] = {
     "attention": {"decoding and trees": {"causal_rows": 1}, "prompts": {"causal_rows": 512}},
