@@ -112,7 +112,16 @@ def test_a_difference_is_shown_where_it_begins(monkeypatch):
     assert "outputs identical: NO" in text
     assert f"no, first at new token {where + 1}" in text
     assert "--dtype float32 decides" not in text
-    assert "--dtype float32 decides" in lines(found, "a device", sixteen_bits=True)[-1]
+
+
+def test_sixteen_bits_excuse_the_model_as_loaded_alone(monkeypatch):
+    optimise_with(monkeypatch, wrong_attention)
+    found = compare(tiny_eagle(), [3, 4, 5], 21, repeats=1, warmup=0)
+    pairs = list(found.partings())
+    for differing, excused in ((pairs[:1], True), (pairs[1:2], False), (pairs[:2], False), ((), False)):
+        partings = {pair: 3 if pair in differing else None for pair in pairs}
+        monkeypatch.setattr(type(found), "partings", lambda _, partings=partings: partings)
+        assert ("--dtype float32 decides" in lines(found, "a device", sixteen_bits=True)[-1]) == excused
 
 
 def test_the_command(pair, capsys, tmp_path):

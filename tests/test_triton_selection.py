@@ -144,6 +144,14 @@ def test_prompts_go_to_sdpa_in_auto_alone():
     assert len(Plan(H100, BF16, "triton").choices("attention", {})) == 1
 
 
+def test_one_byte_weights_are_reported_where_there_are_some():
+    found = Plan(H100, BF16).choices("linear", {"one_byte": 1})
+    assert [choice.implementation for choice in found] == ["triton", "torch", "triton"]
+    assert [choice.when for choice in Plan(H100, BF16).choices("linear", {"one_byte": 0})] == [
+        choice.when for choice in found[:2]
+    ]
+
+
 def test_a_measured_table_replaces_the_rule(monkeypatch):
     monkeypatch.setitem(selection.MEASURED, "H100", {"swiglu": (Bound("rows", -1, "slower here"),)})
     monkeypatch.setitem(selection.MEASURED, "H100 PCIe", {})

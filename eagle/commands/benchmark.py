@@ -105,6 +105,8 @@ def benchmark(
 
 def lines(found: Comparison, device: str, *, sixteen_bits: bool = False) -> list[str]:
     """The comparison for people. sixteen_bits: whether the model computes in float16 or bfloat16."""
+    from eagle.bench.compare import LOADED
+
     has_peak = found.ways[0].figures.peak_memory_bytes is not None
     head = (*HEAD, *(["peak GB"] if has_peak else []), "speed-up")
     shown = aligned(head, [_cells(found, way) for way in found.ways])
@@ -121,7 +123,8 @@ def lines(found: Comparison, device: str, *, sixteen_bits: bool = False) -> list
         for pair, where in found.partings().items()
     ]
     shown += [f"  {way.name}: its own runs differ from each other" for way in found.ways if not way.figures.repeatable]
-    if not found.identical and sixteen_bits:
+    differing = [pair for pair, where in found.partings().items() if where is not None]
+    if sixteen_bits and differing and all(LOADED in pair for pair in differing):
         shown.append(SIXTEEN_BITS)
     return shown
 

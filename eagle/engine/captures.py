@@ -98,7 +98,8 @@ class Captures:
             return {"capture": False, "pool": None, "stream": None}
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        if self._stream is None:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if self._stream is None or self._stream.device_index != index:
             self._stream = torch.cuda.Stream(device)  # one for good: cuBLAS keeps 32 MB for each it has seen
         return {"capture": True, "pool": self._pool, "stream": self._stream}
 

@@ -33,12 +33,12 @@ def captured(
     body: Callable[[], Result], device: torch.device, pool: tuple[int, int] | None, stream: torch.cuda.Stream | None
 ) -> tuple[torch.cuda.CUDAGraph, Result]:
     """Run ``body`` for warming up, then capture it. Returns the graph and what it gives, which each replay renews."""
-    stream = stream or torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+    stream, before = stream or torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(before)
     with torch.cuda.stream(stream):
         for _ in range(WARM_UPS):
             body()
-    torch.cuda.current_stream(device).wait_stream(stream)
+    before.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     index = torch.cuda.current_device() if device.index is None else device.index
     generator = torch.cuda.default_generators[index]
@@ -48,7 +48,9 @@ def captured(
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             result = body()
     except RuntimeError:
-        # A capture that fails leaves the device's generator waiting for its end: every later draw would raise.
+        # A capture that fails may leave this thread on its stream, and leaves the device's generator waiting for its end:
+        # every later draw would raise.
+        torch.cuda.set_stream(before)
         fresh = torch.Generator(device=device)
         fresh.set_state(state)
         generator.graphsafe_set_state(fresh.graphsafe_get_state())

@@ -155,6 +155,7 @@ class EaModel(EngineControl, ReferenceMethods):
             "candidates": tree.candidates,
             "nodes": tree.total_token,
             "path": tree.path,
+            "one_byte": int(self.engine.draft_dtype is not None or self.engine.target_dtype is not None),
         }
         steps, fused = Choice("step", *self._session.engine_choice()), self.target.fused
         route = (

@@ -106,7 +106,7 @@ def linear(
     if norm_weight is not None:
         x = rms_norm(x, norm_weight, eps)
     if scale is not None:  # multiplied in float32, rounded to x's dtype; a whole weight in float32 would be large
-        wide = weight.to(x.dtype)
+        wide = weight.to(x.dtype, copy=True)
         weight = torch.mul(wide, scale[:, None], out=wide)
     out = F.linear(x, weight, bias)
     return out if residual is None else out + residual

@@ -123,6 +123,7 @@ def rule(n: int, k: int, dtype: torch.dtype, weight_dtype: torch.dtype, device: 
     # halving the tile doubles the reads of x (from L2); splitting K instead adds a second launch
     while block_n > (16 if small else 64 if one_byte else 32) and 5 * -(-n // block_n) < 3 * device.sms:
         block_n //= 2
+    # 10240×8192 in 80 tiles, each split in two: 45 µs; in 160 tiles: 59
     split_k = 2 if one_byte and not small and 3 * -(-n // block_n) < 2 * device.sms else 1
     config = LinearConfig(
         block_n,

@@ -58,8 +58,9 @@ class Bound:
 
 
 FEW_ROWS = Bound("rows", 64, "the kernel is made for up to 64 rows; the library is faster on more")
-FEW_ONE_BYTE_ROWS = Bound("one_byte_rows", 512, "with one-byte weights the library is faster on more than 512 rows")
-"""The library has to widen a one-byte weight first, at 9 bytes of traffic a value: what eight tiles of 64 rows cost."""
+FEW_ONE_BYTE_ROWS = Bound("one_byte_rows", 512, "with one-byte weights the library is reckoned faster beyond 512 rows")
+"""The library has to widen a one-byte weight first, at 9 bytes of traffic a value: reckoned as what eight tiles of 64 rows
+cost. EAGLE-8B in fp8, prompts of about 100 tokens on an H100: first token after 10.2 ms, and 40.2 with the library."""
 
 ROW_SIZES = ("rows", "one_byte_rows")
 """Of these bounds. `dispatch.decoding_ops` lifts them: the kernel is right for any number of rows."""
@@ -110,20 +111,25 @@ FLASH_LIMITS = (
 MEASURED: dict[str, dict[str, tuple[Bound, ...]]] = {"NVIDIA H100": {}}
 """Bounds by measurement, in place of `UNMEASURED`: a part of the GPU's name → op → bounds. An op with no entry is
 served by its kernel at every size; a bound of -1 gives every call to PyTorch. On an H100 the kernels are the faster
-ones in bfloat16 within `LIMITS` (docs/benchmarks/h100), prompts' attention included: 176 µs against SDPA's 220 for 512 rows
-after 8,192 positions of SmolLM2-135M, 551 against 752 for Llama-3.1-8B."""
+ones in bfloat16 within `LIMITS` (docs/benchmarks/h100), prompts' attention included: 181 µs against SDPA's 217 for 512 rows
+after 8,192 positions of SmolLM2-135M, 556 against 744 for Llama-3.1-8B."""
 
 PRODUCTS = ("linear", "gate_up_swiglu", "linear_add_rms_norm")
 
 SLOWER: dict[str, dict[torch.dtype, tuple[str, ...]]] = {"NVIDIA H100": {torch.float32: PRODUCTS}}
-"""A part of the GPU's name → dtype → ops whose kernel takes longer than the library (IEEE products without tensor cores: 1.2
+"""A part of the GPU's name → dtype → ops whose kernel takes longer than the library (IEEE products without tensor cores: up
 to 7 times). It serves where output is to be exact: only it gives a row of a tree the bits it has alone."""
 
+PRODUCT_CASES = {
+    "up to 64 rows": {"rows": 64},
+    "more rows": {"rows": 512},
+    "one-byte weights, up to 512 rows": {"one_byte_rows": 512},
+}
 CASES: dict[str, dict[str, dict[str, int]]] = {
     "attention": {"decoding and trees": {"causal_rows": 1}, "prompts": {"causal_rows": 512}},
-    "linear": {"up to 64 rows": {"rows": 64}, "more rows": {"rows": 512}},
-    "gate_up_swiglu": {"up to 64 rows": {"rows": 64}, "more rows": {"rows": 512}},
-    "linear_add_rms_norm": {"up to 64 rows": {"rows": 64}, "more rows": {"rows": 512}},
+    "linear": PRODUCT_CASES,
+    "gate_up_swiglu": PRODUCT_CASES,
+    "linear_add_rms_norm": PRODUCT_CASES,
 }
 """Ops whose calls differ within a run, in words and by an example of the sizes."""
 
@@ -303,8 +309,11 @@ class Plan:
         return choose(op, self.dtype, sizes, self.hardware, self.request, self.overrides, self.exact)
 
     def choices(self, op: str, sizes: Mapping[str, int]) -> list[Choice]:
-        """What serves ``op`` in a run of these sizes: one choice, or one for each of its `CASES` where they differ."""
+        """What serves ``op`` in a run of these sizes: one choice, or one for each of its `CASES` where they differ.
+        ``one_byte`` among the sizes: whether the run has weights of one byte a value."""
         cases = CASES.get(op, {"": {}})
+        if not sizes.get("one_byte"):
+            cases = {when: more for when, more in cases.items() if FEW_ONE_BYTE_ROWS.size not in more}
         found = {when: self.choose(op, {**sizes, **more}) for when, more in cases.items()}
         first, *others = found.values()
         if all(other.implementation == first.implementation for other in others):
