@@ -1,4 +1,4 @@
-"""README keeps its word: its Python runs, its commands parse, its files exist."""
+"""README and docs keep their word: README's Python runs, all commands parse, the files exist."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ from eagle.model.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+COMMANDS = PAGES[ROOT / "docs" / "commands.md"]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
 
 
 def eagle_lines() -> list[str]:
-    """Every `eagle ...` command of the shell blocks."""
-    parts = [part.strip() for block in blocks("sh") for line in block.splitlines() for part in line.split("&&")]
-    return [part for part in parts if part.startswith("eagle ")]
+    """Every `eagle ...` command of the shell blocks, each once."""
+    lines = [line for page in PAGES.values() for block in blocks("sh", page) for line in block.splitlines()]
+    parts = [part.strip() for line in lines for part in line.split("&&")]
+    return list(dict.fromkeys(part for part in parts if part.startswith("eagle ")))
 
 
 @pytest.fixture
@@ -70,23 +73,35 @@ def test_the_two_first_commands():
 
 
 def test_the_table_lists_every_command():
-    listed = set(re.findall(r"^\| `eagle (bench \w+|\w+)", README, re.MULTILINE))
+    listed = set(re.findall(r"^\| `eagle (bench \w+|\w+)", COMMANDS, re.MULTILINE))
     command = typer.main.get_command(app)
     there = set(command.commands) - {"bench"} | {f"bench {name}" for name in command.commands["bench"].commands}
     assert listed == there
 
 
-def test_files_and_counts():
-    for name in re.findall(r"\]\(((?!http)[^)]+)\)", README) + re.findall(r"\w+\.(?:py|sh|ps1)\b", README):
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for name in re.findall(r"\]\(((?!http)[^)]+)\)", PAGES[page]):
         path, _, anchor = name.partition("#")
-        assert (ROOT / path).exists(), name
-        titles = re.findall(r"^#+ (.+)$", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
-        assert not anchor or anchor in {title.lower().replace(" ", "-") for title in titles}, name
+        target = page.parent / path if path else page
+        assert target.exists(), name
+        assert not anchor or anchor in anchors(target), name
+
+
+def test_files_and_counts():
+    for name in re.findall(r"(?<![\w/])\w+\.(?:py|sh|ps1)\b", README + COMMANDS):
+        assert (ROOT / name).exists(), name
     pairs = sum(preset.origin == "hub" for preset in PRESETS.values())
     assert f"lists {pairs} published pairs" in README
 
 
 def test_environment_variables_are_read_somewhere():
     sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "eagle").rglob("*.py"))
-    for name in re.findall(r"`(EAGLE_\w+)`", README):
+    for name in re.findall(r"`(EAGLE_\w+)`", README + COMMANDS):
         assert name in sources
