@@ -62,7 +62,8 @@ def run(command: typer.Typer, name: str, arguments: list[str] | None = None) -> 
     except _ClickError as error:
         context = getattr(error, "ctx", None)
         help_line = f" (see '{context.command_path} --help')" if context is not None else ""
-        return _fail(error.format_message().rstrip(".") + help_line)
+        # some versions put pydantic's words before a choice that does not exist
+        return _fail(error.format_message().replace("Value error, ", "").rstrip(".") + help_line)
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except RuntimeError as error:

@@ -89,6 +89,8 @@ def test_selection_and_order():
     for wrong in ({"ops": ["attn"]}, {"models": ["8B"]}, {"dtypes": ["fp16"]}):
         with pytest.raises(InvalidInputError, match="expected one of"):
             select_cases(**wrong)
+    with pytest.raises(InvalidInputError, match=r"expected one of attention, draft, evaluate, kv, attention_tree"):
+        select_cases(ops=["attn"])
 
 
 OPS = [op for op in PARTS if op != "linear_fp8" or DEVICE.type == "cpu" or torch.cuda.get_device_capability() >= (8, 9)]

@@ -104,6 +104,8 @@ def test_adding_models_one_by_one(pair, tmp_path, capsys):
     content = read_content(tmp_path / "report.json")
     assert "nobody/nothing" in content["models"]["nobody/nothing"]["error"]
     assert "nobody/nothing" in (tmp_path / "report.md").read_text()
+    assert main([*QUICK, "--models", "nobody/nothing", "--parts", "roofline", "--out", str(tmp_path / "none")]) == 2
+    assert "error: nothing could be measured: nobody/nothing" in capsys.readouterr().err
     content["models"][str(pair)]["parts"]["generate"] = {"error": "RuntimeError: earlier"}
     (tmp_path / "report.json").write_text(json.dumps(content))
     assert main([*QUICK, "--models", str(pair), "--add", *out]) == 0, "what earlier runs left does not fail this one"

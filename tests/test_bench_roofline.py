@@ -95,10 +95,12 @@ def test_the_command(pair, capsys, no_bandwidth):
 
 def test_a_model_that_fails_does_not_take_the_others_along(pair, capsys, no_bandwidth):
     command = ["bench", "roofline", "--quick", "-n", "4", "--tree", "9,2,3", "--json"]
-    assert main([*command, "--model", "no/such/folder", "--model", str(pair)]) == 2
+    assert main([*command, "--model", str(pair), "--model", "no/such/folder"]) == 2
+    assert capsys.readouterr().out == "", "a name that leads nowhere is refused before anything runs"
+    assert main([*command, "--model", "nobody/nothing", "--model", str(pair)]) == 2
     printed = capsys.readouterr()
     bad, good = json.loads(printed.out)["models"]
-    assert "no/such/folder" in bad["error"]
+    assert "nobody/nothing" in bad["error"]
     assert good["rows"]
 
 

@@ -113,6 +113,16 @@ def test_out_that_cannot_be_written(hub):
         fetch("org/name", hub / "file" / "out")
 
 
+def test_a_folder_that_takes_no_file_is_found_before_anything_is_fetched(hub, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("eagle.model.fetch.tempfile.TemporaryDirectory", refuse)
+    monkeypatch.setattr("eagle.model.fetch.ensure_local", lambda *_, **__: pytest.fail("fetched"))
+    with pytest.raises(EagleError, match=r"cannot write .*out \(Permission denied\)"):
+        fetch("org/name", hub / "out")
+
+
 def test_an_unknown_name_makes_no_folder(hub):
     with pytest.raises(ModelNotFoundError):
         fetch("smolm2-135m", hub / "out")

@@ -231,6 +231,8 @@ def _known(given: Iterable[str], known: list[str], option: str, *, prefix: bool 
     for name in given:
         hits = [k for k in known if k.lower() == name.lower() or (prefix and k.startswith(f"{name}_"))]
         if not hits:
-            raise InvalidInputError(f"{option} is {name!r}; expected one of {', '.join(known)}")
+            groups = sorted({k.split("_")[0] for k in known} - set(known)) if prefix else []
+            groups = [group for group in groups if sum(k.startswith(f"{group}_") for k in known) > 1]
+            raise InvalidInputError(f"{option} is {name!r}; expected one of {', '.join([*groups, *known])}")
         found += hits
     return found

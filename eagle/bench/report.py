@@ -79,6 +79,12 @@ def ran(content: Content, models: Sequence[str], parts: Sequence[str]) -> Conten
     return content | {"kernels": content["kernels"] if "kernels" in parts else None, "models": kept}
 
 
+def measured(content: Content) -> bool:
+    """Whether any part has a result."""
+    parts = [part for entry in content["models"].values() for part in entry["parts"].values()]
+    return any(part is not None and "error" not in part for part in (content["kernels"], *parts))
+
+
 def failures(content: Content) -> list[str]:
     """What went wrong, a line each."""
     found = [f"kernel {row['op']}, {row['label']}, {row['dtype']}: {row['reason']}" for row in red_rows(content)]

@@ -98,7 +98,7 @@ def equality(
             draft_dtype=draft_dtype.setting,
             target_dtype=target_dtype.setting,
         )
-        print(headline(model, loaded), flush=True)
+        print(headline(model, loaded, tree=False), flush=True)
         tokenizer, raw = loaded.get_tokenizer(), not has_template(loaded.get_tokenizer())
         ids = [encode_prompt(tokenizer, prompt.text, raw=raw) for prompt in chosen]
         if prefix:

@@ -28,7 +28,7 @@ from eagle.commands.options import (
     check_flags,
 )
 from eagle.commands.reply import encode_prompt
-from eagle.errors import InvalidInputError
+from eagle.errors import EagleError, InvalidInputError
 
 if TYPE_CHECKING:
     import torch
@@ -105,7 +105,7 @@ def report(
     import torch
 
     from eagle.bench.provenance import clocks, provenance
-    from eagle.bench.report import MODEL_PARTS, failures, opened, ran, record, save
+    from eagle.bench.report import MODEL_PARTS, failures, measured, opened, ran, record, save
     from eagle.bench.report_parts import Plan, kernels_part
     from eagle.bench.report_summary import HEAD, summary_rows
     from eagle.bench.sweep import QUICK, Grid
@@ -161,7 +161,10 @@ def report(
         print("\n".join(aligned(HEAD, rows)), end="\n\n")
     for path in written:
         print(f"wrote {path}")
-    if found := failures(ran(content, names, asked)):
+    run = ran(content, names, asked)
+    if found := failures(run):
+        if not measured(run):
+            raise EagleError(f"nothing could be measured: {'; '.join(found)}")
         note(*found)
         raise typer.Exit(1)
 

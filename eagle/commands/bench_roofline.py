@@ -65,6 +65,10 @@ def roofline(
     check_flags(tree, Kernels.auto, tokens)
     weights = {"draft_dtype": draft_dtype, "target_dtype": target_dtype}
     found, failed = [], False
+    from eagle.model.locate import check_name
+
+    for name in model or ():
+        check_name(name)
     for name in model or [MODEL_DEFAULT]:
         try:
             values = _measure(name, draft, tree, dtype, weights, count, tokens)

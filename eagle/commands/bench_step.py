@@ -26,6 +26,7 @@ from eagle.commands.options import (
 )
 from eagle.commands.outputs import check_out, writing
 from eagle.commands.reply import encode_prompt, has_template
+from eagle.errors import InvalidInputError
 
 
 def step(
@@ -46,6 +47,10 @@ def step(
     """Profile a step on a GPU: kernels, gaps, the time between steps; EAGLE and plain decoding."""
     check_flags(tree, kernels, max_new_tokens)
     check_out(out)
+    import torch
+
+    if not torch.cuda.is_available():
+        raise InvalidInputError("eagle bench step needs a CUDA device, and this process sees none")
     from eagle.bench.step_profile import markdown, profile_step
     from eagle.model.triton_kernels import optimize_eagle_with_triton
 

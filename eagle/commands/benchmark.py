@@ -92,7 +92,7 @@ def benchmark(
         print(json.dumps(settings(model, draft, loaded) | asked | found.to_json(), ensure_ascii=False))
     else:
         print(headline(model, loaded))
-        print(f"prompt of {len(ids)} tokens, at most {new_tokens} new ones, {num_runs} runs after a warm-up, greedy")
+        print(f"prompt of {len(ids)} tokens, at most {new_tokens} new ones, {num_runs} run(s) after a warm-up, greedy")
         print()
         for line in lines(found, device_name(loaded.device), sixteen_bits=loaded.base_model.dtype.itemsize == 2):
             print(line)

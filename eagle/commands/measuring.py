@@ -105,7 +105,7 @@ def room_for_steps(length: int, max_length: int, context: int) -> int:
     if new_tokens < 2:
         raise InvalidInputError(
             f"--max-length {max_length} leaves {new_tokens} new token after the prompt's {length}, and no step would run; "
-            f"give at least {length + FEW_TOKENS}"
+            f"give at least {length + 2}, or {length + FEW_TOKENS} for figures that mean something"
         )
     if new_tokens < FEW_TOKENS:
         note(f"only {new_tokens} new tokens after the prompt's {length}: too few for figures that mean much")
@@ -116,13 +116,13 @@ def dtype_name(model: EaModel) -> str:
     return str(model.base_model.dtype).removeprefix("torch.")
 
 
-def headline(name: str, model: EaModel) -> str:
-    """Model, dtypes, tree and device in one line."""
+def headline(name: str, model: EaModel, *, tree: bool = True) -> str:
+    """Model, dtypes, tree (if wanted) and device in one line."""
     shape, engine = model.tree_shape, model.engine
-    tree = f"{shape.total_token}/{shape.depth}/{shape.top_k}"
+    drafted = f", tree {shape.total_token}/{shape.depth}/{shape.top_k}" if tree else ""
     one_byte = (("target", engine.target_dtype), ("draft", engine.draft_dtype))
     weights = "".join(f", {part}'s weights in {dtype}" for part, dtype in one_byte if dtype is not None)
-    return f"{name}, {dtype_name(model)}{weights}, tree {tree}, on {device_name(model.device)}"
+    return f"{name}, {dtype_name(model)}{weights}{drafted}, on {device_name(model.device)}"
 
 
 def kernels_line(model: EaModel) -> str:

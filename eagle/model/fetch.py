@@ -44,6 +44,7 @@ def fetch(
         for part in parts:
             if (out / part).exists():
                 raise InvalidInputError(f"{out / part} exists already; give a new folder, or remove it first")
+        _check_writable(out)
     location = locate(name, ea_model_path, revision=revision, progress=progress)
     folders = [ensure_local(location.base, "target", revision=location.revision, progress=progress)]
     if location.draft not in (None, RANDOM_DRAFT):
@@ -56,6 +57,18 @@ def fetch(
             folders[1], _ = portable_head(folders[0], folders[1], Path(scratch, "head"))
         _check_space(folders, out)
         return [_place(source, out / part) for source, part in zip(folders, parts, strict=False)]
+
+
+def _check_writable(out: Path) -> None:
+    """Find out before anything is fetched. Raises EagleError."""
+    try:
+        tempfile.TemporaryDirectory(dir=_existing_parent(out)).cleanup()
+    except OSError as error:
+        raise _unwritable(out, error) from error
+
+
+def _unwritable(place: Path, error: OSError) -> EagleError:
+    return EagleError(f"cannot write {place} ({error.strerror or error}); give a folder that can be written")
 
 
 def _check_space(folders: list[Path], out: Path) -> None:
@@ -93,9 +106,7 @@ def _place(source: Path, destination: Path) -> Path:
             raise OutOfMemoryError(
                 f"no disk space left for {destination} ({shutil.disk_usage(staging.parent).free / 1e6:.0f} MB free)"
             ) from error
-        raise EagleError(
-            f"cannot write {destination} ({error.strerror or error}); give a folder that can be written"
-        ) from (error)
+        raise _unwritable(destination, error) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return destination

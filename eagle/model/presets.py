@@ -149,4 +149,4 @@ def hint(name: str) -> str:
     """The tail of an error about ``name``: what it may have meant and what would be accepted."""
     close = near_matches(name)
     meant = f"did you mean {' or '.join(close)}? " if close else ""
-    return f"{meant}Give a preset ({DEFAULT_MODEL}, eagle3-llama3.1-8b, …), a model folder, or a hub id 'org/name'"
+    return f"{meant}expected a name that 'eagle models' lists, a model folder, or a hub id 'org/name'"
