@@ -131,9 +131,9 @@ def prefill_config(size: int, v_size: int, dtype: torch.dtype, capability: tuple
     wide = max(16, triton.next_power_of_2(max(size, v_size)))
     if capability is None:
         return PrefillConfig(16, 16, warps=4, stages=1)
-    if dtype == torch.float32:
-        return PrefillConfig(32, 32, warps=4, stages=2)
     roomy = capability in LARGE_SHARED_MEMORY
+    if dtype == torch.float32:
+        return PrefillConfig(32, 32, warps=4, stages=2 if roomy or wide <= 128 else 1)
     if wide <= 128:
         return PrefillConfig(128, 64, warps=8, stages=3 if roomy else 2)
     return PrefillConfig(64, 64, warps=4, stages=2) if roomy else PrefillConfig(64, 32, warps=4, stages=2)

@@ -1,0 +1,32 @@
+"""Launch configurations fit GPUs that nobody here has: compiled for them, what a program takes has room."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+SHARED_MEMORY = {(8, 0): 166_912, (8, 9): 101_376, (9, 0): 232_448}
+"""Bytes a program may have, by compute capability (CUDA C++ Programming Guide, table of technical specifications: 163,
+99 and 227 KB)."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler comes with its Linux wheels")
+@pytest.mark.parametrize("capability", SHARED_MEMORY, ids=lambda found: f"sm_{found[0]}{found[1]}")
+def test_shared_memory_suffices(capability, tmp_path):
+    here, limit = Path(__file__).resolve().parent, SHARED_MEMORY[capability]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(here.parent)}
+    command = [sys.executable, str(here / "compiled.py"), *map(str, (*capability, limit))]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) >= 21
+    assert {name: taken for name, taken in found.items() if taken > limit} == {}
