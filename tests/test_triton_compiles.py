@@ -1,4 +1,4 @@
-"""Launch configurations fit GPUs that nobody here has: compiled for them, what a program takes has room."""
+"""Kernels compile for GPUs that nobody here has, and fit what those have of shared memory."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import pytest
 
 pytest.importorskip("triton")
 
-SHARED_MEMORY = {(8, 0): 166_912, (8, 9): 101_376, (9, 0): 232_448}
-"""Bytes a program may have, by compute capability (CUDA C++ Programming Guide, table of technical specifications: 163,
-99 and 227 KB)."""
+SHARED_MEMORY = {(8, 0): 166_912, (8, 9): 101_376, (12, 0): 101_376}
+"""Bytes a program may have, by compute capability (CUDA C++ Programming Guide, technical specifications: 163 and 99 KB).
+8.6 has as little as 8.9, and no fp8."""
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler comes with its Linux wheels")
 @pytest.mark.parametrize("capability", SHARED_MEMORY, ids=lambda found: f"sm_{found[0]}{found[1]}")
-def test_shared_memory_suffices(capability, tmp_path):
+def test_kernels_compile_and_fit(capability, tmp_path):
     here, limit = Path(__file__).resolve().parent, SHARED_MEMORY[capability]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(here.parent)}
@@ -28,5 +28,5 @@ def test_shared_memory_suffices(capability, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) >= 21
+    assert len({name.split(",")[0] for name in found}) >= 24
     assert {name: taken for name, taken in found.items() if taken > limit} == {}
