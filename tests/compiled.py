@@ -17,9 +17,9 @@ from eagle.bench.kernel_cases import MODELS, PARTS, Case, ModelShape
 from eagle.bench.kernel_ops.table import TRIALS
 from eagle.model.triton_kernels import attention, cache_checks, linear, rows
 from eagle.model.triton_kernels.linear_config import DeviceTraits
+from eagle.model.triton_kernels.quantize import FP8_CAPABILITY
 
 CPU = torch.device("cpu")
-FP8_CAPABILITY = (8, 9)
 SMALL = next(model for model in MODELS if model.name == "SmolLM2-135M")
 WIDE_HEADS = ModelShape("heads of 256", 96, 8, 4, 256, 112, 2, 700, 300)
 LARGE_HEADS = ModelShape("heads of 128", 96, 32, 8, 128, 112, 2, 700, 300)
@@ -72,7 +72,7 @@ def main(major: int, minor: int, limit: int) -> None:
     with (
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(rows, "INTERPRETED", True),  # tensors on the CPU are fine
-        mock.patch.object(cache_checks, "INTERPRETED", True),
+        mock.patch.object(cache_checks, "INTERPRETED", True),  # its own name for the same
         mock.patch.dict(attention.__globals__, {"_capability": lambda _: capability}),
         mock.patch.dict(linear.__globals__, {"device_traits": lambda _: traits}),
     ):

@@ -16,7 +16,7 @@ from eagle.model.ea_model import EaModel
 from eagle.model.triton_kernels import optimize_eagle_with_triton
 
 TABLE = tuple(KernelTime(f"k{index}", 2.0, 100.0 - index) for index in range(20))
-PROFILE = StepProfile(True, "captured", 2.1, 2.0, sum(kernel.microseconds for kernel in TABLE) / 1e3, 40, TABLE)
+PROFILE = StepProfile(True, 2.1, 2.0, TABLE)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,10 @@ def test_the_table_holds_every_microsecond() -> None:
     assert sum(spent) == pytest.approx(1e3 * PROFILE.busy_ms, abs=3)
     assert "| 15 others |" in lines[-1]
     assert PROFILE.idle_share == pytest.approx(0.1 / 2.1)
-    assert PROFILE.to_json()["idle_share"] == PROFILE.idle_share
+    assert (PROFILE.kernels, PROFILE.busy_ms) == (40, pytest.approx(1.81))
+    told = PROFILE.to_json()
+    assert (told["engine"], told["kernels"], told["busy_ms"]) == ("captured", 40, PROFILE.busy_ms)
+    assert told["idle_share"] == PROFILE.idle_share
 
 
 def test_a_cpu_is_refused() -> None:
@@ -63,10 +66,8 @@ def test_a_real_step(speculative: bool) -> None:
     assert (eager.engine, captured.engine) == ("eager", "captured")
     assert eager.replay_ms is None
     for profile in (eager, captured):
-        assert profile.busy_ms == pytest.approx(1e-3 * sum(kernel.microseconds for kernel in profile.table))
         assert profile.busy_ms > 0
         assert not {"cudaLaunchKernel", "cudaGraphLaunch"} & {kernel.name for kernel in profile.table}
-        assert profile.kernels == pytest.approx(sum(kernel.calls for kernel in profile.table))
     assert "product_kernel" in {kernel.name.lstrip("_") for kernel in captured.table}
     assert captured.kernels < eager.kernels
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -231,8 +232,8 @@ def _known(given: Iterable[str], known: list[str], option: str, *, prefix: bool 
     for name in given:
         hits = [k for k in known if k.lower() == name.lower() or (prefix and k.startswith(f"{name}_"))]
         if not hits:
-            groups = sorted({k.split("_")[0] for k in known} - set(known)) if prefix else []
-            groups = [group for group in groups if sum(k.startswith(f"{group}_") for k in known) > 1]
+            sizes = Counter(k.split("_")[0] for k in known) if prefix else {}
+            groups = [group for group, size in sorted(sizes.items()) if size > 1 and group not in known]
             raise InvalidInputError(f"{option} is {name!r}; expected one of {', '.join([*groups, *known])}")
         found += hits
     return found

@@ -21,6 +21,7 @@ from eagle.bench.kernel_cases import Case
 from eagle.bench.kernel_ops.table import TRIALS
 from eagle.bench.kernel_ops.trial import BOUNDS, TORCH, Trial
 from eagle.bench.timing import sets_beyond_cache, time_eager, time_graph
+from eagle.model.triton_kernels.quantize import FP8_CAPABILITY
 
 FAILURES = (
     TritonError,
@@ -37,7 +38,6 @@ FAILURES = (
 """What a compiler, a launch or a library may raise: one case's trouble, not the run's."""
 
 GREEN, RED, SKIPPED, NOT_REACHED = "green", "red", "skipped", "not reached"
-FP8_CAPABILITY = (8, 9)
 AHEAD = 24
 """Cases compiled together: a few seconds' work for eight threads, so that a budget is not overrun by much."""
 NO_DEVICE = "skipped: no CUDA device"

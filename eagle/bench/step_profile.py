@@ -50,15 +50,26 @@ class KernelTime:
 @dataclass(frozen=True)
 class StepProfile:
     """Milliseconds of a step. ``loop_ms``: in a generation, from result to result; ``replay_ms``: captured steps back to
-    back, None without a capture; ``busy_ms``: at least one kernel runs, which is what the table's times add up to."""
+    back, None without a capture."""
 
     speculative: bool
-    engine: str
     loop_ms: float
     replay_ms: float | None
-    busy_ms: float
-    kernels: float
     table: tuple[KernelTime, ...]
+
+    @property
+    def engine(self) -> str:
+        return "eager" if self.replay_ms is None else "captured"
+
+    @property
+    def busy_ms(self) -> float:
+        """In which at least one kernel runs."""
+        return sum(kernel.microseconds for kernel in self.table) / 1e3
+
+    @property
+    def kernels(self) -> float:
+        """How many run."""
+        return sum(kernel.calls for kernel in self.table)
 
     @property
     def idle_share(self) -> float:
@@ -66,7 +77,8 @@ class StepProfile:
         return max(0.0, 1.0 - (self.busy_ms if self.replay_ms is None else self.replay_ms) / self.loop_ms)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"idle_share": self.idle_share}
+        derived = ("engine", "busy_ms", "kernels", "idle_share")
+        return asdict(self) | {name: getattr(self, name) for name in derived}
 
 
 def profile_step(model: EaModel, prompt: list[int], new_tokens: int = 128, *, speculative: bool = True) -> StepProfile:
@@ -82,8 +94,8 @@ def profile_step(model: EaModel, prompt: list[int], new_tokens: int = 128, *, sp
     if not steps:
         with closing(_stream(model, prompt, new_tokens, speculative)) as running:
             next(running)  # prefill
-            events = _profiled(model, lambda: list(islice(running, EAGER_STEPS)))
-        return StepProfile(speculative, "eager", loop_ms, None, *_summed(events, min(EAGER_STEPS, stats.steps)))
+            spans = _profiled(model, lambda: list(islice(running, EAGER_STEPS)))
+        return StepProfile(speculative, loop_ms, None, _table(spans, min(EAGER_STEPS, stats.steps)))
     step = steps[-1]
     torch.cuda.synchronize(model.device)
     started = time.perf_counter()
@@ -91,15 +103,15 @@ def profile_step(model: EaModel, prompt: list[int], new_tokens: int = 128, *, sp
         step.replay()
     torch.cuda.synchronize(model.device)
     replay_ms = 1e3 * (time.perf_counter() - started) / REPLAYS
-    events = _profiled(model, lambda: [step.replay() for _ in range(REPLAYS)])
-    return StepProfile(speculative, "captured", loop_ms, replay_ms, *_summed(events, REPLAYS))
+    spans = _profiled(model, lambda: [step.replay() for _ in range(REPLAYS)])
+    return StepProfile(speculative, loop_ms, replay_ms, _table(spans, REPLAYS))
 
 
 def markdown(profile: StepProfile, rows: int = 16) -> list[str]:
     """The profile as a Markdown table under one line of totals."""
     kind = "EAGLE" if profile.speculative else "plain"
     replay = "" if profile.replay_ms is None else f"{profile.replay_ms:.3f} ms back to back, "
-    total = sum(kernel.microseconds for kernel in profile.table)
+    total = 1e3 * profile.busy_ms
     lines = [
         f"{kind}, {profile.engine}: {profile.loop_ms:.3f} ms a step in a generation, {replay}"
         f"{profile.kernels:.0f} kernels keep the GPU busy for {profile.busy_ms:.3f} ms; "
@@ -149,12 +161,10 @@ def device_spans(trace: dict[str, Any]) -> list[Span]:
     return [(event["ts"], event["ts"] + event["dur"], short_name(event["name"])) for event in ran]
 
 
-def _summed(spans: list[Span], steps: int) -> tuple[float, float, tuple[KernelTime, ...]]:
-    calls = Counter(name for _, _, name in spans)
-    spent = held_up(spans)
+def _table(spans: list[Span], steps: int) -> tuple[KernelTime, ...]:
+    calls, spent = Counter(name for _, _, name in spans), held_up(spans)
     names = sorted(calls, key=lambda name: -spent[name])
-    table = tuple(KernelTime(name, calls[name] / steps, spent[name] / steps) for name in names)
-    return sum(spent.values()) / 1e3 / steps, len(spans) / steps, table
+    return tuple(KernelTime(name, calls[name] / steps, spent[name] / steps) for name in names)
 
 
 def held_up(spans: list[Span]) -> dict[str, float]:
@@ -184,10 +194,7 @@ def held_up(spans: list[Span]) -> dict[str, float]:
 def short_name(kernel: str) -> str:
     """A kernel's name without return type, namespaces, template and function arguments, the innermost functor kept."""
     functor = re.findall(r"(\w+(?:_kernel_cuda|Functor\w*|Ops?))\b", kernel)
-    name = (
-        re.split(r"[<(]", re.sub(r"^void ", "", kernel).replace("(anonymous namespace)::", ""))[0]
-        .split("::")[-1]
-        .strip()
-    )
+    plain = re.sub(r"^void ", "", kernel).replace("(anonymous namespace)::", "")
+    name = re.split(r"[<(]", plain)[0].split("::")[-1].strip()
     name = f"{name} ({functor[-1]})" if functor and functor[-1] not in name else name
     return name[:NAME_LENGTH]

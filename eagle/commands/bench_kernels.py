@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from eagle.commands.measuring import NEEDS_GPU
 from eagle.commands.outputs import check_out, writing
 from eagle.errors import InvalidInputError
 
@@ -109,7 +110,7 @@ def tune(
     sizes_models, sizes_dtypes = select_models(models or ()), select_dtypes(dtypes or ("bfloat16",))
     device = _device()
     if device.type != "cuda":
-        raise InvalidInputError("eagle bench tune needs a CUDA device, and this process sees none")
+        raise InvalidInputError(NEEDS_GPU.format("tune"))
     from eagle.bench.provenance import clocks, provenance
     from eagle.bench.tune import Size, Tuned, sizes_of, tune_sizes, write_table
     from eagle.model.triton_kernels.tuned_table import VARIABLE, file_name

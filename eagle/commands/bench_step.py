@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from eagle.commands.measuring import open_for_bench, settings, settle_tree
+from eagle.commands.measuring import NEEDS_GPU, open_for_bench, settings, settle_tree
 from eagle.commands.options import (
     MODEL_DEFAULT,
     PAPER_TREE,
@@ -50,7 +50,7 @@ def step(
     import torch
 
     if not torch.cuda.is_available():
-        raise InvalidInputError("eagle bench step needs a CUDA device, and this process sees none")
+        raise InvalidInputError(NEEDS_GPU.format("step"))
     from eagle.bench.step_profile import markdown, profile_step
     from eagle.model.triton_kernels import optimize_eagle_with_triton
 

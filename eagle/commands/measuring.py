@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 FEW_TOKENS = 16
 
+NEEDS_GPU = "eagle bench {} needs a CUDA device, and this process sees none; eagle doctor shows what it sees"
+
 NO_GPU = "no GPU: these are the figures of a CPU, which say little about a GPU's"
 
 

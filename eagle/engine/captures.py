@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from eagle.engine.graphs import StaticStep, StepKey
+from eagle.engine.graphs import StaticStep, StepKey, device_index
 from eagle.engine.loop import GenerationStats
 from eagle.engine.prefill_graph import BUCKETS, StaticPrefill
 from eagle.engine.state import Caches, Run
@@ -98,8 +98,7 @@ class Captures:
             return {"capture": False, "pool": None, "stream": None}
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        index = torch.cuda.current_device() if device.index is None else device.index
-        if self._stream is None or self._stream.device_index != index:
+        if self._stream is None or self._stream.device_index != device_index(device):
             self._stream = torch.cuda.Stream(device)  # one for good: cuBLAS keeps 32 MB for each it has seen
         return {"capture": True, "pool": self._pool, "stream": self._stream}
 

@@ -29,6 +29,11 @@ END_TOKENS = 16
 Result = TypeVar("Result")
 
 
+def device_index(device: torch.device) -> int:
+    """The number of a CUDA device, that of the current one where it names none."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 def captured(
     body: Callable[[], Result], device: torch.device, pool: tuple[int, int] | None, stream: torch.cuda.Stream | None
 ) -> tuple[torch.cuda.CUDAGraph, Result]:
@@ -40,8 +45,7 @@ def captured(
             body()
     before.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    index = torch.cuda.current_device() if device.index is None else device.index
-    generator = torch.cuda.default_generators[index]
+    generator = torch.cuda.default_generators[device_index(device)]
     state = generator.get_state()
     try:
         # thread_local: what other threads do on the device meanwhile is their own affair

@@ -18,7 +18,7 @@ from torch import nn
 
 from eagle.errors import InvalidInputError
 from eagle.model.ops import Ops
-from eagle.model.triton_kernels.quantize import pack_gate_up, pack_rows, quantize_weight
+from eagle.model.triton_kernels.quantize import FP8_CAPABILITY, pack_gate_up, pack_rows, quantize_weight
 
 
 class NormWeight(NamedTuple):
@@ -141,7 +141,6 @@ class PackedWeights:
 
 
 WEIGHT_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-FP8_CAPABILITY = (8, 9)
 
 
 def one_byte_dtype(setting: str, name: str, device: torch.device) -> torch.dtype:

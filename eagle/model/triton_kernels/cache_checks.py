@@ -9,19 +9,8 @@ from __future__ import annotations
 import os
 
 import torch
-import triton
-from triton.runtime.jit import JITFunction
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-
-
-@triton.jit
-def _probe(x):  # [1]
-    pass
-
-
-INTERPRETED = not isinstance(_probe, JITFunction)
-"""Whether TRITON_INTERPRET=1 was set when triton was imported: kernels then run on the CPU, one program at a time."""
+from eagle.model.triton_kernels.rows import DTYPES, INTERPRETED
 
 
 def debugging() -> bool:
@@ -54,7 +43,7 @@ def check_device(**tensors: torch.Tensor | None) -> None:
 
 def check_floats(**tensors: torch.Tensor) -> None:
     """float16, bfloat16 or float32, rows contiguous (last stride 1)."""
-    fine = all(t.dtype in FLOATS for t in tensors.values())
+    fine = all(t.dtype in DTYPES for t in tensors.values())
     require(fine, "dtypes must be float16, bfloat16 or float32", **tensors)
     rows = all(t.stride(-1) == 1 or t.shape[-1] == 1 for t in tensors.values())
     require(rows, "the last dimension must have stride 1 (call .contiguous())", **tensors)

@@ -34,7 +34,7 @@ from eagle.model.triton_kernels.descriptor import aligned, rows_descriptor
 from eagle.model.triton_kernels.linear_config import BLOCK_M, LinearConfig, choose, device_traits
 from eagle.model.triton_kernels.linear_kernels import add_norm_kernel, product_kernel, reduce_kernel
 from eagle.model.triton_kernels.overlap import overlaps
-from eagle.model.triton_kernels.quantize import LARGEST
+from eagle.model.triton_kernels.quantize import FP8_CAPABILITY, LARGEST
 from eagle.model.triton_kernels.rows import as_rows, check_float, check_like, check_vector
 
 FEW_ROWS = 16
@@ -165,7 +165,7 @@ def _check(
 ) -> None:
     check_float(x, "x")
     n, k = weight.shape
-    needed = (9, 0) if config.tma else (8, 9) if weight.dtype == torch.float8_e4m3fn else (0, 0)
+    needed = (9, 0) if config.tma else FP8_CAPABILITY if weight.dtype == torch.float8_e4m3fn else (0, 0)
     if x.is_cuda and device_traits(x.device).capability < needed:
         what = "tma=True" if config.tma else f"weight {tuple(weight.shape)} {weight.dtype}"
         raise ValueError(f"{what} on {device_traits(x.device).name}; expected compute capability {needed} or higher")

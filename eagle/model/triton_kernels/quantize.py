@@ -13,6 +13,9 @@ import torch
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 """The one-byte weight dtypes and the value an output channel's largest weight maps to."""
 
+FP8_CAPABILITY = (8, 9)
+"""The least compute capability with float8_e4m3fn."""
+
 ROWS_AT_ONCE = 8192
 """Rows converted together: bounds the float32 copy (a 128k-row head would need twice its own size)."""
 

@@ -62,7 +62,7 @@ FEW_ONE_BYTE_ROWS = Bound("one_byte_rows", 512, "with one-byte weights the libra
 """The library has to widen a one-byte weight first, at 9 bytes of traffic a value: reckoned as what eight tiles of 64 rows
 cost. EAGLE-8B in fp8, prompts of about 100 tokens on an H100: first token after 10.2 ms, and 40.2 with the library."""
 
-ROW_SIZES = ("rows", "one_byte_rows")
+ROW_SIZES = (FEW_ROWS.size, FEW_ONE_BYTE_ROWS.size)
 """Of these bounds. `dispatch.decoding_ops` lifts them: the kernel is right for any number of rows."""
 
 LIMITS: dict[str, tuple[Bound, ...]] = {
