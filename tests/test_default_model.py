@@ -71,3 +71,25 @@ def test_eagle_8b_is_the_default_model_to_the_precision_of_bfloat16(eagle: EaMod
             tokens += model.last_stats.accept_length * model.last_stats.steps
         lengths.append(tokens / steps)
     assert lengths[1] == pytest.approx(lengths[0], rel=0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_eagle_8b_in_float32_writes_and_drafts_as_the_default_model(eagle: EaModel) -> None:
+    """Widening is exact: the same logits to float32's precision, and prompt by prompt the same tokens and accept length."""
+    if torch.cuda.mem_get_info()[0] < 44e9:
+        pytest.skip("needs 44 GB of free GPU memory")
+    wide = EaModel.from_pretrained("EAGLE-8B", dtype=torch.float32, in_memory=True)
+    small = EaModel.from_pretrained("SmolLM2-135M", dtype=torch.float32)
+    rows = prompt_rows(eagle, 6)
+    with torch.inference_mode():
+        for row in rows:
+            ids = torch.tensor([row], device=eagle.device)
+            exact, found = small.base_model(ids).logits, wide.base_model(ids).logits
+            assert relative_error(found[..., : exact.shape[-1]], exact) < 1e-5
+    optimize_eagle_with_triton(small)
+    optimize_eagle_with_triton(wide)
+    for row in rows:
+        replies = [model.generate([row], max_new_tokens=96) for model in (small, wide)]
+        assert torch.equal(*replies)
+        assert wide.last_stats.accept_length == small.last_stats.accept_length
