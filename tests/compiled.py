@@ -22,7 +22,7 @@ from eagle.model.triton_kernels.quantize import FP8_CAPABILITY
 CPU = torch.device("cpu")
 SMALL = next(model for model in MODELS if model.name == "SmolLM2-135M")
 WIDE_HEADS = ModelShape("heads of 256", 96, 8, 4, 256, 112, 2, 700, 300)
-LARGE_HEADS = ModelShape("heads of 128", 96, 32, 8, 128, 112, 2, 700, 300)
+LARGE_HEADS = ModelShape("heads of 128", 512, 32, 8, 128, 112, 2, 700, 300)
 
 
 class Elsewhere:
@@ -50,6 +50,7 @@ def cases(capability: tuple[int, int]) -> list[Case]:
     ]
     heavy = ["linear", "gate_up_swiglu", "linear_add_rms_norm", *(op for op in PARTS if op.startswith("attention"))]
     found += [Case(op, SMALL, torch.float32, PARTS[op][0] if PARTS[op] else "") for op in heavy]
+    found.append(Case("linear", LARGE_HEADS, torch.float32, "qkv"))  # float32's large tiles
     for op in ("attention_tree", "attention_prefill"):
         found += [
             Case(op, model, dtype) for model in (WIDE_HEADS, LARGE_HEADS) for dtype in (torch.bfloat16, torch.float32)

@@ -102,16 +102,17 @@ def test_linears_of_one_byte(dtype: torch.dtype, kind: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)], ids=str)
-def test_linears_of_an_8b_model(shape: tuple[int, int]) -> None:
+def test_linears_of_an_8b_model(shape: tuple[int, int], dtype: torch.dtype) -> None:
     n, k = shape
-    weight = normal(n, k, dtype=torch.bfloat16, scale=k**-0.5)
-    gain = normal(n, dtype=torch.bfloat16)
-    check_rows(lambda x: linear(x, weight), (k,), torch.bfloat16)
+    weight = normal(n, k, dtype=dtype, scale=k**-0.5)
+    gain = normal(n, dtype=dtype)
+    check_rows(lambda x: linear(x, weight), (k,), dtype)
     if n == 28672:
-        check_rows(lambda x: gate_up_swiglu(x, weight), (k,), torch.bfloat16)
+        check_rows(lambda x: gate_up_swiglu(x, weight), (k,), dtype)
     if n == 4096:
-        check_rows(lambda x, r: linear_add_rms_norm(x, weight, r, gain, EPS), (k, n), torch.bfloat16)
+        check_rows(lambda x, r: linear_add_rms_norm(x, weight, r, gain, EPS), (k, n), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

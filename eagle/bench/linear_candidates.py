@@ -34,12 +34,12 @@ def tiles(n: int, k: int, dtype: torch.dtype, weight_dtype: torch.dtype, device:
     one_byte, wide = weight_dtype.itemsize == 1, dtype == torch.float32
     hopper = device.capability >= (9, 0)
     copies = (False, True) if found[0].tma else (False,)
-    for block_n in (16, 32, 64) if wide else (16, 32, 64, 128, 256):
+    for block_n in (16, 32, 64, 128) if wide else (16, 32, 64, 128, 256):
         for block_k in (32, 64) if wide else (128, 256) if one_byte else (64, 128, 256):
             columns, steps = -(-n // block_n), -(-k // block_k)
             if block_n * block_k > MAX_TILE or (block_n == 16 and not small) or columns > 16 * device.sms:
                 continue
-            swap = one_byte and block_n >= BLOCK_M
+            swap = (one_byte or wide) and block_n >= BLOCK_M
             num_warps = 8 if block_n == 256 or (swap and block_n == 128) else 4
             for split_k in SMALL_SPLITS if small else SPLITS:
                 programs = columns * split_k
@@ -69,7 +69,7 @@ def neighbours(
     """The configuration with one choice changed: depth, warps, operand order, who copies, how much is asked for ahead."""
     changes: list[dict[str, int | bool]] = [{"num_stages": config.num_stages + step} for step in (-1, 1)]
     changes += [{"num_warps": warps} for warps in (2, 4, 8) if warps > 2 or config.block_n <= 64]
-    if dtype != torch.float32 and config.block_n >= BLOCK_M:
+    if config.block_n >= BLOCK_M:
         changes += [{"swap": not config.swap, "num_warps": warps} for warps in (4, 8)]
     if device.capability >= (9, 0):
         changes += [{"prefetch": lines} for lines in (0, 2, 8, 16)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from eagle.model.triton_kernels.precision import FLOAT32_DOTS
+
 
 @triton.jit
 def attend_block(q, k, v, seen, top, total, acc, scale, softcap, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr):
@@ -15,7 +17,7 @@ def attend_block(q, k, v, seen, top, total, acc, scale, softcap, HAS_SOFTCAP: tl
     factor over the cap; softcap: the cap times log2(e). A block of which a row sees nothing leaves the row's state as
     it was; a block that a row sees whole gives the same bits masked and unmasked.
     """
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    scores = tl.dot(q, tl.trans(k), input_precision=FLOAT32_DOTS)
     if HAS_SOFTCAP:
         scores = (1.0 - 2.0 / (tl.exp(scores * scale) + 1.0)) * softcap  # tanh(x) = 1 - 2 / (exp(2x) + 1)
     if MASKED:
@@ -32,7 +34,7 @@ def attend_block(q, k, v, seen, top, total, acc, scale, softcap, HAS_SOFTCAP: tl
         weights = tl.exp2(tl.fma(scores, factor, tl.broadcast_to(-anchor[:, None], scores.shape)))
     fade = tl.exp2(top - anchor)
     total = tl.fma(total, fade, tl.sum(weights, 1))
-    acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+    acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=FLOAT32_DOTS)
     return new_top, total, acc
 
 

@@ -4,10 +4,11 @@ What must not vary for decoding to be bit for bit the same with and without a tr
 ``path_warps`` and ``narrow_states`` depend on the model (dtype, head sizes, heads) and the device, never on the number
 of rows, the batch or the cache bound. ``prefix_m`` may follow the rows only where a row's arithmetic does not depend on
 the tile's height. That is so for Hopper's wgmma, where Triton stacks all warps along M: each row lies
-inside one warp and is reduced in one order. Elsewhere (mma.sync, float32 on the ordinary units) the compiler spreads
+inside one warp and is reduced in one order. Elsewhere (mma.sync) the compiler spreads
 the warps of a 64-row tile along N and those of a taller one along M, so the height is fixed.
 
-Times in the comments: one H100, bfloat16, 60 tree nodes, microseconds for both kernels at prefixes 512 and 8192.
+Times in the comments: one H100, bfloat16 (but for float32's own), 60 tree nodes, microseconds for both kernels at
+prefixes 512 and 8192.
 """
 
 from __future__ import annotations
@@ -99,7 +100,11 @@ def decode_config(
     hopper = capability is not None and capability[0] == HOPPER
     if capability is None:
         return config(16, 4, 1, block_n=16)
-    if not half:  # ieee dots keep whole operand rows in registers, hence the small tiles
+    if not half:
+        if hopper and wide <= 128:
+            # Heads of 128: [128] 30.0 and 213, [64] 42.1 and 331 (SDPA 73 and 879); of 64: [64] 9.1 and 58, [128] 12.6, 57.
+            tall = rows > 64 and wide > 64
+            return config(128 if tall else 64, 8 if tall else 4, 3, block_n=32, copier=wide == size == v_size)
         return config(16, 4, 2, block_n=32) if wide <= 64 else config(16, 8, 1, block_n=16)
     stages = 3 if capability in LARGE_SHARED_MEMORY and wide <= 128 else 2
     block_n = 64 if wide <= 128 else 32  # with [64, 256] accumulators, longer blocks spill

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from eagle.model.triton_kernels.attention_block import count_nodes, first_block, first_position, path_node
+from eagle.model.triton_kernels.precision import FLOAT32_DOTS
 
 
 @triton.jit
@@ -110,7 +111,7 @@ def path_kernel(
     q_at = q + b * q_b + row.to(tl.int64) * q_t + (head * GROUP + h)[:, None] * q_h + d[None, :]
     q_tile = tl.load(q_at, mask=inside[:, None] & (d[None, :] < SIZE), other=0.0)
 
-    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale  # [HEADS, TAIL]
+    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=FLOAT32_DOTS) * scale  # [HEADS, TAIL]
     if HAS_SOFTCAP:
         scores = (1.0 - 2.0 / (tl.exp(scores) + 1.0)) * softcap
     seen = valid[None, :]
@@ -120,7 +121,7 @@ def path_kernel(
     top = tl.max(scores, 1)
     weights = tl.exp2(scores - tl.where(top == float("-inf"), 0.0, top)[:, None])
     total = tl.sum(weights, 1)
-    acc = tl.dot(weights.to(v_tile.dtype), v_tile, input_precision="ieee")  # [HEADS, Dv]
+    acc = tl.dot(weights.to(v_tile.dtype), v_tile, input_precision=FLOAT32_DOTS)  # [HEADS, Dv]
     acc = acc * (1.0 / tl.where(total > 0.0, total, 1.0))[:, None]
 
     stride = (batch * KV_HEADS).to(tl.int64) * rows * GROUP  # from split to split, in lines

@@ -61,7 +61,7 @@ def optimize_eagle_with_triton(
         raise InvalidInputError("ops was given together with kernels or overrides; pass a table or a choice, not both")
     plan = model.kernel_plan
     if ops is None:
-        plan = plan_for(model, kernels, overrides, exact)
+        plan = plan_for(model, kernels, overrides)
         _check_flash(plan, model)
         ops, _ = choose_ops(plan)
         if isinstance(ops.linear, Served) and plan.hardware.kind == "cuda":
@@ -113,9 +113,7 @@ def restore_eagle(model: EaModel, original_methods: Mapping[str, Callable[..., A
     return model
 
 
-def plan_for(
-    model: EaModel, kernels: str | None = None, overrides: Mapping[str, str] | None = None, exact: bool = True
-) -> Plan:
+def plan_for(model: EaModel, kernels: str | None = None, overrides: Mapping[str, str] | None = None) -> Plan:
     """What is asked for, by arguments and then by the environment, on the devices and in the dtypes of ``model``."""
     layers = [*model.target.layer_shapes, *model.ea_layer.layer_shapes]
     dtypes = [layer.dtype for layer in layers]
@@ -124,7 +122,7 @@ def plan_for(
     request = request if kernels is None else kernels
     single |= overrides or {}
     check_names(request, single)
-    return Plan(hardware({layer.device for layer in layers} | {model.device}), dtype, request, single, exact)
+    return Plan(hardware({layer.device for layer in layers} | {model.device}), dtype, request, single)
 
 
 def _settled(settings: EngineSettings, model: EaModel, ops: Ops) -> EngineSettings:

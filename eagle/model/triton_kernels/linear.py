@@ -3,7 +3,7 @@
 Contract
 - x is [..., K], float16, bfloat16 or float32, the last dimension contiguous; its leading dimensions flatten to M rows.
   The weight is [N, K], K contiguous and rows at any stride, of x's dtype, or int8 / float8_e4m3fn with ``scale`` [N]
-  float32 (`quantize_weight`). Sums are float32; float32 dots are IEEE, not TF32.
+  float32 (`quantize_weight`). Sums are float32; float32 dots are as exact as IEEE's (`precision`).
 - Rounding is that of the separate ops: (sum · scale + bias) rounded to the dtype of x; then the residual is added, or
   SwiGLU applied, with their own roundings. A norm before the product rounds as `rms_norm` does (its sum of
   squares runs in another order).
@@ -38,7 +38,7 @@ from eagle.model.triton_kernels.quantize import FP8_CAPABILITY, LARGEST
 from eagle.model.triton_kernels.rows import as_rows, check_float, check_like, check_vector
 
 FEW_ROWS = 16
-"""Up to so many rows take a tile of as many in float32 and where one-byte weights stand on the left of the dot: a quarter of
+"""Up to so many rows take a tile of as many where one-byte weights stand on the left of the dot: a quarter of
 the work, and each sum keeps its order (fp8 8B products at 10 rows: 15 to 30 % faster on an H100)."""
 
 COPIED_ROWS = 48
@@ -218,9 +218,8 @@ def _run(
     added = as_rows(residual, "residual") if residual is not None else None
     added_stride = added.stride(0) if added is not None else 0
     partial = x.new_empty((split_k, m, n), dtype=torch.float32) if split_k > 1 or parts_only else None
-    # Where no tensor core works, or a one-byte weight stands on its left, a sum's order does not follow the tile's height;
-    # that of a norm's squares may.
-    low = norm_weight is None and (x.dtype == torch.float32 or (config.swap and weight.element_size() == 1))
+    # With the weight on the left of the dot a sum's order does not follow the tile's width. That of a norm's squares may.
+    low = norm_weight is None and config.swap and weight.element_size() != 2
     block_m = FEW_ROWS if low and m <= FEW_ROWS else BLOCK_M
     grid = (triton.cdiv(m, block_m), triton.cdiv(n, config.block_n), split_k)
     hopper = overlaps(x)

@@ -25,6 +25,9 @@ MAX_STAGES = 8
 MAX_RESIDENT = 4
 """Programs a multiprocessor is given room for at once; more would leave each too few stages."""
 
+MAX_RULE_SPLIT = 8
+"""Parts of K that the rule cuts a float32 product into at most."""
+
 SPARE_BYTES = 3072
 """Of shared memory beside the pipeline's buffers: barriers, and what a resident program reserves."""
 
@@ -113,13 +116,17 @@ def choose(
 def rule(n: int, k: int, dtype: torch.dtype, weight_dtype: torch.dtype, device: DeviceTraits) -> LinearConfig:
     """For sizes nobody has timed, what most of the timed ones came to.
 
-    Tiles of N that give three fifths of the multiprocessors one (more and smaller ones leave some with two: 10240×8192
-    in 160 tiles took 89 µs of 132 multiprocessors, the library 61), K whole, and as deep a pipeline as leaves every
-    program room at once. One-byte weights, which must be widened, want tiles for the tensor core's left side (64 and more).
+    In 16 bits: tiles of N that give three fifths of the multiprocessors one (more and smaller ones leave some with two:
+    10240×8192 in 160 tiles took 89 µs of 132 multiprocessors, the library 61), K whole, and as deep a pipeline as leaves
+    every program room at once. One-byte weights, which must be widened, want tiles for the tensor core's left side (64 and
+    more). In float32: see `_rule32`.
     """
-    hopper, wide, one_byte = device.capability >= (9, 0), dtype == torch.float32, weight_dtype.itemsize == 1
-    small = n * k * weight_dtype.itemsize < LATENCY_BYTES
-    block_n = 64 if wide else 128
+    prefetch, tma = _hopper(k, dtype, weight_dtype, device)
+    if dtype == torch.float32:
+        config = replace(_rule32(n, k, device), tma=tma, prefetch=prefetch)
+        return replace(config, num_stages=stages(config, n, k, dtype, weight_dtype, device))
+    one_byte, small = weight_dtype.itemsize == 1, n * k * weight_dtype.itemsize < LATENCY_BYTES
+    block_n = 128
     # halving the tile doubles the reads of x (from L2); splitting K instead adds a second launch
     while block_n > (16 if small else 64 if one_byte else 32) and 5 * -(-n // block_n) < 3 * device.sms:
         block_n //= 2
@@ -127,14 +134,37 @@ def rule(n: int, k: int, dtype: torch.dtype, weight_dtype: torch.dtype, device: 
     split_k = 2 if one_byte and not small and 3 * -(-n // block_n) < 2 * device.sms else 1
     config = LinearConfig(
         block_n,
-        block_k=32 if wide else 256 if block_n in (16, 64) else 128,
+        block_k=256 if block_n in (16, 64) else 128,
         split_k=split_k,
-        num_warps=8 if wide else 4,
         swap=one_byte and block_n >= BLOCK_M,
-        tma=hopper and not wide and k * weight_dtype.itemsize % 16 == 0 and k * dtype.itemsize % 16 == 0,
-        prefetch=PREFETCH_LINES if hopper else 0,
+        tma=tma,
+        prefetch=prefetch,
     )
     return replace(config, num_stages=stages(config, n, k, dtype, weight_dtype, device))
+
+
+def _rule32(n: int, k: int, device: DeviceTraits) -> LinearConfig:
+    """Large tiles, and K split until there is a program for each multiprocessor, or two: whichever leaves fewer idle.
+
+    A dot is three (`precision`), so each value read must serve many rows: 6144×4096 took 49 µs in tiles of 128 and five
+    parts, 64 in tiles of 64 and three. With two programs to a multiprocessor, longer steps leave too few stages: 10240×8192
+    143 and 236. With more than two, tiles of 128 do: 128256×4096 892 in tiles of 64, 1,065.
+    """
+    block_n = 32 if n * k * 4 < LATENCY_BYTES else 128 if n <= 2 * 128 * device.sms else 64
+    columns = -(-n // block_n)
+    for resident in (1, 2):
+        split_k = max(1, min(resident * device.sms // columns, MAX_RULE_SPLIT, k // (2 * 64)))
+        if 7 * columns * split_k >= 6 * resident * device.sms:
+            break
+    block_k = 64 if columns * split_k <= device.sms or block_n == 32 else 32
+    return LinearConfig(block_n, block_k, split_k, num_warps=8 if block_n == 128 else 4, swap=block_n >= BLOCK_M)
+
+
+def _hopper(k: int, dtype: torch.dtype, weight_dtype: torch.dtype, device: DeviceTraits) -> tuple[int, bool]:
+    """Lines to ask for ahead, and whether the copy engine can bring rows of K values."""
+    if device.capability < (9, 0):
+        return 0, False
+    return PREFETCH_LINES, k * weight_dtype.itemsize % 16 == 0 and k * dtype.itemsize % 16 == 0
 
 
 def stages(

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from eagle.model.triton_kernels.mlp import silu_mul
 from eagle.model.triton_kernels.norm import normalise
+from eagle.model.triton_kernels.precision import FLOAT32_DOTS
 from eagle.model.triton_kernels.widen import widen
 
 LINE = tl.constexpr(128)
@@ -163,9 +164,9 @@ def product_kernel(
             left = (normed * gain).to(left.dtype)
         right = widen(right, left.dtype, HOPPER)
         if SWAP:
-            total = tl.dot(right, tl.trans(left), total, input_precision="ieee")
+            total = tl.dot(right, tl.trans(left), total, input_precision=FLOAT32_DOTS)
         else:
-            total = tl.dot(left, tl.trans(right), total, input_precision="ieee")
+            total = tl.dot(left, tl.trans(right), total, input_precision=FLOAT32_DOTS)
 
     if SWAP:
         total = tl.trans(total)

@@ -111,14 +111,8 @@ FLASH_LIMITS = (
 MEASURED: dict[str, dict[str, tuple[Bound, ...]]] = {"NVIDIA H100": {}}
 """Bounds by measurement, in place of `UNMEASURED`: a part of the GPU's name → op → bounds. An op with no entry is
 served by its kernel at every size; a bound of -1 gives every call to PyTorch. On an H100 the kernels are the faster
-ones in bfloat16 within `LIMITS` (docs/benchmarks/h100), prompts' attention included: 181 µs against SDPA's 217 for 512 rows
+ones within `LIMITS` (docs/benchmarks/h100), prompts' attention included (bfloat16): 181 µs against SDPA's 217 for 512 rows
 after 8,192 positions of SmolLM2-135M, 556 against 744 for Llama-3.1-8B."""
-
-PRODUCTS = ("linear", "gate_up_swiglu", "linear_add_rms_norm")
-
-SLOWER: dict[str, dict[torch.dtype, tuple[str, ...]]] = {"NVIDIA H100": {torch.float32: PRODUCTS}}
-"""A part of the GPU's name → dtype → ops whose kernel takes longer than the library (IEEE products without tensor cores: up
-to 7 times). It serves where output is to be exact: only it gives a row of a tree the bits it has alone."""
 
 PRODUCT_CASES = {
     "up to 64 rows": {"rows": 64},
@@ -141,12 +135,10 @@ def choose(
     hardware: Hardware,
     request: str = "auto",
     overrides: Mapping[str, str] | None = None,
-    exact: bool = True,
 ) -> Choice:
     """What serves a call of ``op`` with the given sizes (names as in `LIMITS`; one left out counts as small).
 
     request: "auto", "torch" or "triton", for all ops; overrides: the same for single ones, and "flash" for attention.
-    exact: whether a row's bits may not depend on the other rows, even where that is slower (`SLOWER`).
     Raises InvalidInputError for an unknown name, for "triton" where no kernel can run, and for "flash" where
     FlashAttention can't.
     """
@@ -171,9 +163,6 @@ def choose(
     if reason is not None:
         return Choice(op, plain, reason)
     table = measured_table(hardware.name)
-    slower = wanted == "auto" and table is not None and op in SLOWER.get(table, {}).get(dtype, ())
-    if slower and not exact:
-        return Choice(op, plain, f"the library is faster in {_name(dtype)} on {table}, and exact is off")
     source = "no measurement for this GPU yet: by rule" if table is None else f"measured on {table}"
     for bound in bounds(op, hardware, wanted):
         if sizes.get(bound.size, 0) > bound.most:
@@ -186,10 +175,6 @@ def choose(
         return Choice(op, "triton", "FlashAttention, as asked, serves prompts alone")
     if wanted == "triton":
         return Choice(op, "triton", f"as asked{' for this op' if op in overrides else ''}")
-    if slower:
-        return Choice(
-            op, "triton", f"slower than the library in {_name(dtype)} on {table}, but a row's bits are its own"
-        )
     return Choice(op, "triton", source)
 
 
@@ -299,14 +284,13 @@ class Plan:
     dtype: torch.dtype
     request: str = "auto"
     overrides: Mapping[str, str] = field(default_factory=dict)
-    exact: bool = True
 
     def wanted(self, op: str) -> str:
         return self.overrides.get(op, self.request)
 
     def choose(self, op: str, sizes: Mapping[str, int]) -> Choice:
         """`choose` under this plan."""
-        return choose(op, self.dtype, sizes, self.hardware, self.request, self.overrides, self.exact)
+        return choose(op, self.dtype, sizes, self.hardware, self.request, self.overrides)
 
     def choices(self, op: str, sizes: Mapping[str, int]) -> list[Choice]:
         """What serves ``op`` in a run of these sizes: one choice, or one for each of its `CASES` where they differ.
