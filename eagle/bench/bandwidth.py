@@ -5,6 +5,8 @@ What the rest of a report is compared with, measured in the same run under the s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -45,14 +47,32 @@ class Ceilings:
 
 
 def measure_ceilings(device: torch.device, dtypes: set[torch.dtype]) -> Ceilings:
-    """Read bandwidth over `READ_BYTES` and square products of ``dtypes``."""
+    """Read bandwidth over `READ_BYTES` and square products of ``dtypes``.
+
+    float32's is the library's IEEE product or a third of its TF32 product, whichever is faster: three make one of float32's
+    precision, which is how the kernels multiply (`eagle.model.triton_kernels.precision`).
+    """
     matmul = {str(dtype).removeprefix("torch."): _matmul_tflop_s(dtype, device) for dtype in dtypes}
+    if torch.float32 in dtypes:
+        with _tf32():
+            matmul["float32"] = max(matmul["float32"], _matmul_tflop_s(torch.float32, device) / 3)
     return Ceilings(_read_gb_s(device), matmul)
 
 
 def read_sum(x: torch.Tensor, out: torch.Tensor) -> None:
     """Sum each BLOCK of x [N] int32 into out [N / BLOCK]; N is a multiple of BLOCK."""
     _read_kernel[(x.numel() // BLOCK,)](x, out, BLOCK=BLOCK, num_warps=8)
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    """The library's float32 products in TF32, while the block runs."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _read_gb_s(device: torch.device) -> float:

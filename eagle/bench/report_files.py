@@ -32,8 +32,8 @@ METHOD = (
     f"{BEYOND_L2} times the L2 cache; where small inputs stay in the cache, the row says so (†). torch is the package's "
     "PyTorch op (for a linear, the BLAS library) under graph replay too, eager the same launched "
     "from Python. Bytes: each input read once, each output "
-    "written once. The ceiling is the measured read bandwidth or the measured matrix product, whichever binds; the last "
-    "column is the part of it that is reached."
+    "written once. The ceiling is the measured read bandwidth or the measured matrix product (in float32 the faster of IEEE "
+    "and a third of TF32), whichever binds; the last column is the part of it that is reached."
 )
 
 
