@@ -52,16 +52,17 @@ def content(gpu: bool = True) -> dict:
     peer = {"engine": "vllm", "version": "0.26.0", "setting": "plain", "state": "measured", "tokens_per_second": 153.4}
     peer |= {"step_ms": 6.5, "accept_length": 1.0, "identical": None, "prompts": 8}
     absent = peer | {"engine": "sglang", "state": "absent"}
+    peers = {"prompts": 8, "max_new_tokens": 64, "rows": [peer, absent]}
     return {
         "format": 1,
         "device": "NVIDIA H100" if gpu else "CPU (2 threads)",
         "gpu": gpu,
-        "runs": [{"date": "2026-11-23T10:00:00+00:00", "torch": "2.11.0", "triton": "3.6.0"}],
+        "runs": [
+            {"date": f"2026-11-{day}T10:00:00+00:00", "torch": "2.11.0", "triton": "3.6.0"} for day in (23, 23, 24)
+        ],
         "kernels": None,
         "models": {
-            "EAGLE-8B": {
-                "parts": {"generate": generate, "roofline": {"rows": rows}, "peers": {"rows": [peer, absent]}}
-            },
+            "EAGLE-8B": {"parts": {"generate": generate, "roofline": {"rows": rows}, "peers": peers}},
             "bare": {"parts": {"generate": generate, "roofline": {"error": "RuntimeError: x"}}},
             "failed": {"parts": {"generate": {"error": "RuntimeError: x"}}},
         },
@@ -75,7 +76,8 @@ def test_the_figures_land_in_their_columns():
     assert "failed" not in made
     assert "| EAGLE-8B | vllm 0.26.0 | plain | 153 | 6.50 | 1.00 | – |" in made
     assert "sglang" not in made
-    assert "NVIDIA H100, 2026-11-23, torch 2.11.0" in made
+    assert "NVIDIA H100, 2026-11-23, 2026-11-24, torch 2.11.0, triton" in made
+    assert "same folders and prompts (8 prompts, at most 64 new tokens each):" in made
     assert "8 prompts, at most 128 new tokens each, bfloat16, tree 60/7/10" in made
     assert source_of(f"a\n{BEGIN}\n{made}\n{END}\n") == Path("docs/benchmarks/h100/report.json")
 

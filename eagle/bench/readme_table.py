@@ -31,17 +31,27 @@ def tables(content: Content, path: str) -> str:
         prompts = f"{result['eagle']['prompts']} prompts, at most {result['max_new_tokens']} new tokens each"
         told.setdefault(f"{prompts}, {result['dtype']}, tree {tree}", []).append(name)
     runs = [f"{what} ({', '.join(names)})" for what, names in told.items()]
-    run = content["runs"][-1]
+    dates, torches, tritons = (
+        ", ".join(sorted({run[name][:10] if name == "date" else run[name] for run in content["runs"]}))
+        for name in ("date", "torch", "triton")
+    )
     where = (
-        f"{content['device']}, {run['date'][:10]}, torch {run['torch']}, triton {run['triton']}: "
+        f"{content['device']}, {dates}, torch {torches}, triton {tritons}: "
         f"{'; '.join(runs)}; greedy, one prompt at a time, prefill "
         f"included. Floor: the time in which a step's bytes can be read, at the "
         f"bandwidth measured in the same run. [The whole report]({Path(path).with_suffix('.md').as_posix()})."
     )
     parts = [*([] if content["gpu"] else [f"**{CPU_MARK}**"]), where, table(HEAD, rows)]
     if peers := _peers(content):
-        parts += ["Beside other engines in the same run, on the same folders and prompts:", table(PEER_HEAD, peers)]
+        parts += [f"Beside other engines, on the same folders and prompts ({_peer_settings(content)}):"]
+        parts += [table(PEER_HEAD, peers)]
     return "\n\n".join(parts)
+
+
+def _peer_settings(content: Content) -> str:
+    found = [entry["parts"].get("peers", {}) for entry in content["models"].values()]
+    told = (f"{p['prompts']} prompts, at most {p['max_new_tokens']} new tokens each" for p in found if p.get("rows"))
+    return "; ".join(dict.fromkeys(told))
 
 
 def _peers(content: Content) -> list[tuple[str, ...]]:
