@@ -50,7 +50,7 @@ def cases(capability: tuple[int, int]) -> list[Case]:
     ]
     heavy = ["linear", "gate_up_swiglu", "linear_add_rms_norm", *(op for op in PARTS if op.startswith("attention"))]
     found += [Case(op, SMALL, torch.float32, PARTS[op][0] if PARTS[op] else "") for op in heavy]
-    found.append(Case("linear", LARGE_HEADS, torch.float32, "qkv"))  # float32's large tiles
+    found += [Case(op, LARGE_HEADS, torch.float32, "qkv") for op in ("linear", "linear_int8")]  # float32's large tiles
     for op in ("attention_tree", "attention_prefill"):
         found += [
             Case(op, model, dtype) for model in (WIDE_HEADS, LARGE_HEADS) for dtype in (torch.bfloat16, torch.float32)

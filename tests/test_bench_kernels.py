@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from eagle.bench import kernels, report_files, timing, tune
-from eagle.bench.bandwidth import BLOCK, Ceilings, read_sum
+from eagle.bench.bandwidth import BLOCK, Ceilings, measure_ceilings, read_sum
 from eagle.bench.kernel_cases import MODELS, PARTS, PREFIXES, Case, ModelShape, all_cases, select_cases
 from eagle.bench.kernel_ops.table import TRIALS
 from eagle.bench.kernel_ops.trial import BOUNDS, TORCH, Mismatch
@@ -341,6 +341,16 @@ def test_read_kernel_reads_everything():
     out = torch.full((3,), 7, dtype=torch.int32, device=DEVICE)
     read_sum(x, out)
     assert out.tolist() == x.view(3, -1).sum(1).tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_ceilings_leave_the_librarys_precision_as_it_was():
+    before = torch.get_float32_matmul_precision()
+    found = measure_ceilings(torch.device("cuda"), {torch.float32, torch.bfloat16})
+    assert torch.get_float32_matmul_precision() == before
+    assert 0 < found.tflop_s["float32"] < found.tflop_s["bfloat16"]
+    assert found.read_gb_s > 0
 
 
 def test_floor():

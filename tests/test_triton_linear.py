@@ -29,6 +29,7 @@ from eagle.model.triton_kernels.linear_config import (
     LinearConfig,
     choose,
     device_traits,
+    fits,
     rule,
 )
 from eagle.model.triton_kernels.quantize import dequantize_weight, pack_gate_up, pack_rows, quantize_weight
@@ -136,6 +137,36 @@ def test_linear_add_rms_norm(kind: torch.dtype | None, dtype: torch.dtype, confi
     out, total = linear_add_rms_norm(x, weight, residual, gain, EPS, bias, scale=scale, config=config)
     assert torch.equal(total, linear(x, weight, bias, scale=scale, residual=residual, config=config))
     assert relative_error(out, layers.rms_norm(total.double(), gain.double(), EPS)) < BOUND[dtype]
+
+
+TIMED = {
+    (6144, 4096): (128, 32, 5),
+    (4096, 14336): (128, 64, 4),
+    (28672, 4096): (128, 32, 1),
+    (8192, 8192): (128, 64, 2),
+}
+"""float32 (N, K) → tile of N, step of K and parts that were the fastest on an H100."""
+
+
+@pytest.mark.parametrize("shape", TIMED, ids=str)
+def test_the_rule_gives_what_was_fastest_in_float32(shape: tuple[int, int]) -> None:
+    found = rule(*shape, torch.float32, torch.float32, H100)
+    assert (found.block_n, found.block_k, found.split_k) == TIMED[shape]
+    assert found.swap
+
+
+@given(
+    n=st.integers(1, 300_000),
+    k=st.integers(1, 40_000),
+    sms=st.integers(1, 200),
+    shared=st.sampled_from([101376, 232448]),
+)
+def test_the_rule_fits_float32_and_splits_only_idle_gpus(n: int, k: int, sms: int, shared: int) -> None:
+    device = DeviceTraits("some GPU", (9, 0) if shared == 232448 else (8, 9), sms, shared)
+    found = rule(n, k, torch.float32, torch.float32, device)
+    assert fits(found, torch.float32, torch.float32, device)
+    columns = -(-n // found.block_n)
+    assert found.split_k == 1 or (columns * found.split_k <= 2 * sms and 128 * found.split_k <= k)
 
 
 @settings(max_examples=40, deadline=None)

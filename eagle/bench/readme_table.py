@@ -31,12 +31,8 @@ def tables(content: Content, path: str) -> str:
         prompts = f"{result['eagle']['prompts']} prompts, at most {result['max_new_tokens']} new tokens each"
         told.setdefault(f"{prompts}, {result['dtype']}, tree {tree}", []).append(name)
     runs = [f"{what} ({', '.join(names)})" for what, names in told.items()]
-    dates, torches, tritons = (
-        ", ".join(sorted({run[name][:10] if name == "date" else run[name] for run in content["runs"]}))
-        for name in ("date", "torch", "triton")
-    )
     where = (
-        f"{content['device']}, {dates}, torch {torches}, triton {tritons}: "
+        f"{content['device']}, {_runs(content, 'generate')}: "
         f"{'; '.join(runs)}; greedy, one prompt at a time, prefill "
         f"included. Floor: the time in which a step's bytes can be read, at the "
         f"bandwidth measured in the same run. [The whole report]({Path(path).with_suffix('.md').as_posix()})."
@@ -51,7 +47,15 @@ def tables(content: Content, path: str) -> str:
 def _peer_settings(content: Content) -> str:
     found = [entry["parts"].get("peers", {}) for entry in content["models"].values()]
     told = (f"{p['prompts']} prompts, at most {p['max_new_tokens']} new tokens each" for p in found if p.get("rows"))
-    return "; ".join(dict.fromkeys(told))
+    return f"{'; '.join(dict.fromkeys(told))}, prefill in the times; {_runs(content, 'peers')}"
+
+
+def _runs(content: Content, part: str) -> str:
+    """When, and with what, a part was measured: each value once."""
+    runs = [run for run in content["runs"] if part in run["parts"]]
+    found = {name: ", ".join(sorted({str(run[name]) for run in runs})) for name in ("torch", "triton")}
+    dates = ", ".join(sorted({run["date"][:10] for run in runs}))
+    return f"{dates}, torch {found['torch']}, triton {found['triton']}"
 
 
 def _peers(content: Content) -> list[tuple[str, ...]]:

@@ -105,7 +105,7 @@ def report(
     import torch
 
     from eagle.bench.provenance import clocks, provenance
-    from eagle.bench.report import MODEL_PARTS, failures, measured, opened, ran, record, save
+    from eagle.bench.report import MODEL_PARTS, NAME, failures, measured, opened, ran, record, save
     from eagle.bench.report_parts import Plan, kernels_part
     from eagle.bench.report_summary import HEAD, summary_rows
     from eagle.bench.sweep import QUICK, Grid
@@ -124,6 +124,8 @@ def report(
         "quick": quick,
         "clocks_before": clocks(device),
     }
+    if not add and (out / f"{NAME}.json").exists():
+        note(f"the report in {out} is replaced; --add keeps what it holds")
     content = opened(out, origin, on_gpu, add)
     save(content, out)  # before anything is measured: a folder that can't be written is found now
     roofline = QUICK_ROOFLINE if quick else ROOFLINE

@@ -138,7 +138,8 @@ def prefill_config(size: int, v_size: int, dtype: torch.dtype, capability: tuple
         return PrefillConfig(16, 16, warps=4, stages=1)
     roomy = capability in LARGE_SHARED_MEMORY
     if dtype == torch.float32:
-        return PrefillConfig(32, 32, warps=4, stages=2 if roomy or wide <= 128 else 1)
+        deep = wide <= 128 or (roomy and capability >= (9, 0))  # with heads of 256 two stages take 168 KiB
+        return PrefillConfig(32, 32, warps=4, stages=2 if deep else 1)
     if wide <= 128:
         return PrefillConfig(128, 64, warps=8, stages=3 if roomy else 2)
     return PrefillConfig(64, 64, warps=4, stages=2) if roomy else PrefillConfig(64, 32, warps=4, stages=2)

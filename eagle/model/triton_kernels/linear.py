@@ -3,13 +3,14 @@
 Contract
 - x is [..., K], float16, bfloat16 or float32, the last dimension contiguous; its leading dimensions flatten to M rows.
   The weight is [N, K], K contiguous and rows at any stride, of x's dtype, or int8 / float8_e4m3fn with ``scale`` [N]
-  float32 (`quantize_weight`). Sums are float32; float32 dots are as exact as IEEE's (`precision`).
+  float32 (`quantize_weight`). Sums are float32; float32 dots are of `precision`'s kind.
 - Rounding is that of the separate ops: (sum · scale + bias) rounded to the dtype of x; then the residual is added, or
   SwiGLU applied, with their own roundings. A norm before the product rounds as `rms_norm` does (its sum of
   squares runs in another order).
-- Batch-invariant: split of K and order of sums follow from N, K, dtypes and device alone, and the tile has 64 rows (16
-  for one-byte weights and M ≤ 16, where a sum takes the same order: the tensor core adds over K alike whatever the tile's
-  width). A row's result depends on no other row, nor on how many there are, for any M.
+- Batch-invariant: split of K and order of sums follow from N, K, dtypes and device alone, and the tile has 64 rows, or 16
+  for M ≤ 16 and one-byte or float32 weights on the left of the dot, where a sum takes the same order: the tensor core
+  adds over K alike whatever the tile's width. A row's result depends on no other row, nor on how many there are, for
+  any M.
 - Made for M ≤ 64, where the weight is read once. More rows run as further tiles of 64, right but slower than the
   library: leave prompts to it.
 - K is split where N alone leaves multiprocessors idle: partial sums go to a float32 workspace [split_k, M, N] and a
@@ -38,7 +39,7 @@ from eagle.model.triton_kernels.quantize import FP8_CAPABILITY, LARGEST
 from eagle.model.triton_kernels.rows import as_rows, check_float, check_like, check_vector
 
 FEW_ROWS = 16
-"""Up to so many rows take a tile of as many where one-byte weights stand on the left of the dot: a quarter of
+"""Up to so many rows take a tile of as many where one-byte or float32 weights stand on the left of the dot: a quarter of
 the work, and each sum keeps its order (fp8 8B products at 10 rows: 15 to 30 % faster on an H100)."""
 
 COPIED_ROWS = 48

@@ -15,7 +15,7 @@ from eagle.errors import InvalidInputError
 from eagle.model.triton_kernels.tuned_table import VARIABLE, tuned_linears
 
 BLOCK_M = 64
-"""Rows a tile, always: what one Hopper wgmma takes, and as many as a draft tree of 60 nodes needs."""
+"""Rows a tile, or `linear.FEW_ROWS`: what one Hopper wgmma takes, and as many as a draft tree of 60 nodes needs."""
 
 LATENCY_BYTES = 8 << 20
 """Below this a weight streams in under 3 µs: a second launch for split K (1.2 µs and a reduction) costs more."""
@@ -27,6 +27,9 @@ MAX_RESIDENT = 4
 
 MAX_RULE_SPLIT = 8
 """Parts of K that the rule cuts a float32 product into at most."""
+
+FROM_SHARED_MEMORY = (9, 10)
+"""Major capabilities whose tensor cores read the right side of a dot from shared memory."""
 
 SPARE_BYTES = 3072
 """Of shared memory beside the pipeline's buffers: barriers, and what a resident program reserves."""
@@ -66,7 +69,8 @@ class LinearConfig:
     prefetch: int = 0
 
     def shared_memory(self, x_size: int, weight_size: int) -> int:
-        """Bytes of the pipeline's buffers for element sizes in bytes, as Triton lays them out.
+        """Bytes of the pipeline's buffers for element sizes in bytes, as Triton lays them out (in float32 some releases
+        spare a stage).
 
         A weight that is converted leaves its buffer a step earlier, and goes back to shared memory unless it is on the
         left of the dot.
@@ -74,6 +78,10 @@ class LinearConfig:
         converted = weight_size < x_size
         weights = (self.num_stages - converted) * weight_size + (converted and not self.swap) * x_size
         return self.block_k * (self.num_stages * BLOCK_M * x_size + self.block_n * weights)
+
+    def split_parts(self) -> int:
+        """Bytes of the right side of a float32 dot in two parts (`precision`), where they come from shared memory."""
+        return 2 * 4 * self.block_k * (BLOCK_M if self.swap else self.block_n)
 
 
 INTERPRETER = DeviceTraits("cpu", (0, 0), 1, 1 << 18)
@@ -152,10 +160,8 @@ def _rule32(n: int, k: int, device: DeviceTraits) -> LinearConfig:
     """
     block_n = 32 if n * k * 4 < LATENCY_BYTES else 128 if n <= 2 * 128 * device.sms else 64
     columns = -(-n // block_n)
-    for resident in (1, 2):
-        split_k = max(1, min(resident * device.sms // columns, MAX_RULE_SPLIT, k // (2 * 64)))
-        if 7 * columns * split_k >= 6 * resident * device.sms:
-            break
+    one, two = (max(1, min(many * device.sms // columns, MAX_RULE_SPLIT, k // (2 * 64))) for many in (1, 2))
+    split_k = two if two > 2 * one else one
     block_k = 64 if columns * split_k <= device.sms or block_n == 32 else 32
     return LinearConfig(block_n, block_k, split_k, num_warps=8 if block_n == 128 else 4, swap=block_n >= BLOCK_M)
 
@@ -174,8 +180,13 @@ def stages(
     programs, steps = -(-n // config.block_n) * config.split_k, -(-k // (config.block_k * config.split_k))
     resident = min(MAX_RESIDENT, -(-programs // device.sms))
     room, depth = device.shared_memory // resident - SPARE_BYTES, max(2, min(MAX_STAGES, steps + 1))
-    sizes = (dtype.itemsize, weight_dtype.itemsize)
-    while depth > 2 and replace(config, num_stages=depth).shared_memory(*sizes) > room:
+    kinds = (dtype, weight_dtype)
+
+    def roomy(config: LinearConfig) -> bool:
+        # the parts of float32 don't count here: 49152×576 took 54 µs in three stages and fewer programs at once
+        return config.shared_memory(*(kind.itemsize for kind in kinds)) <= room and fits(config, *kinds, device)
+
+    while depth > 2 and not roomy(replace(config, num_stages=depth)):
         depth -= 1
     return depth
 
@@ -183,4 +194,6 @@ def stages(
 def fits(config: LinearConfig, dtype: torch.dtype, weight_dtype: torch.dtype, device: DeviceTraits) -> bool:
     """Whether a program's buffers and sums have room on the device."""
     needed = config.shared_memory(dtype.itemsize, weight_dtype.itemsize) + SPARE_BYTES
+    if dtype == torch.float32 and (weight_dtype != dtype or device.capability[0] in FROM_SHARED_MEMORY):
+        needed += config.split_parts()
     return needed <= device.shared_memory and config.block_n * BLOCK_M <= 128 * config.num_warps * 32

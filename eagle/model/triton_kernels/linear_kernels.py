@@ -1,6 +1,6 @@
 """The device side of `linear`: the product, and the pass that adds the parts of a split K. Its module is the contract.
 
-The number of rows is never specialised on: one binary serves every M.
+The number of rows is never specialised on: one binary serves every M of a tile's height.
 """
 
 from __future__ import annotations

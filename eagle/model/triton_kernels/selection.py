@@ -111,8 +111,8 @@ FLASH_LIMITS = (
 MEASURED: dict[str, dict[str, tuple[Bound, ...]]] = {"NVIDIA H100": {}}
 """Bounds by measurement, in place of `UNMEASURED`: a part of the GPU's name → op → bounds. An op with no entry is
 served by its kernel at every size; a bound of -1 gives every call to PyTorch. On an H100 the kernels are the faster
-ones within `LIMITS` (docs/benchmarks/h100), prompts' attention included (bfloat16): 181 µs against SDPA's 217 for 512 rows
-after 8,192 positions of SmolLM2-135M, 556 against 744 for Llama-3.1-8B."""
+ones within `LIMITS` but for a few products and short prompts (docs/benchmarks/h100). Prompts' attention, bfloat16: 181 µs
+against SDPA's 217 for 512 rows after 8,192 positions of SmolLM2-135M, 556 against 744 for Llama-3.1-8B."""
 
 PRODUCT_CASES = {
     "up to 64 rows": {"rows": 64},
