@@ -28,8 +28,8 @@ def tables(content: Content, path: str) -> str:
     told: dict[str, list[str]] = {}
     for name, result in generations(content).items():
         tree = "/".join(map(str, result["tree"]))
-        prompts = f"{result['eagle']['prompts']} prompts, at most {result['max_new_tokens']} new tokens each"
-        told.setdefault(f"{prompts}, {result['dtype']}, tree {tree}", []).append(name)
+        asked = _prompts(result["eagle"]["prompts"], result)
+        told.setdefault(f"{asked}, {result['dtype']}, tree {tree}", []).append(name)
     runs = [f"{what} ({', '.join(names)})" for what, names in told.items()]
     where = (
         f"{content['device']}, {_runs(content, 'generate')}: "
@@ -44,10 +44,14 @@ def tables(content: Content, path: str) -> str:
     return "\n\n".join(parts)
 
 
+def _prompts(count: int, part: Content) -> str:
+    return f"{count} prompts, at most {part['max_new_tokens']} new tokens each"
+
+
 def _peer_settings(content: Content) -> str:
     found = [entry["parts"].get("peers", {}) for entry in content["models"].values()]
-    told = (f"{p['prompts']} prompts, at most {p['max_new_tokens']} new tokens each" for p in found if p.get("rows"))
-    return f"{'; '.join(dict.fromkeys(told))}, prefill in the times; {_runs(content, 'peers')}"
+    told = dict.fromkeys(_prompts(part["prompts"], part) for part in found if part.get("rows"))
+    return f"{'; '.join(told)}, prefill in the times; {_runs(content, 'peers')}"
 
 
 def _runs(content: Content, part: str) -> str:

@@ -122,17 +122,22 @@ def choose(
 
 
 def rule(n: int, k: int, dtype: torch.dtype, weight_dtype: torch.dtype, device: DeviceTraits) -> LinearConfig:
-    """For sizes nobody has timed, what most of the timed ones came to.
+    """For sizes nobody has timed, what most of the timed ones came to."""
+    tile = _rule32(n, k, device) if dtype == torch.float32 else _rule16(n, k, weight_dtype, device)
+    hopper = device.capability >= (9, 0)
+    config = replace(
+        tile,
+        tma=hopper and k * weight_dtype.itemsize % 16 == 0 and k * dtype.itemsize % 16 == 0,
+        prefetch=PREFETCH_LINES if hopper else 0,
+    )
+    return replace(config, num_stages=stages(config, n, k, dtype, weight_dtype, device))
 
-    In 16 bits: tiles of N that give three fifths of the multiprocessors one (more and smaller ones leave some with two:
-    10240×8192 in 160 tiles took 89 µs of 132 multiprocessors, the library 61), K whole, and as deep a pipeline as leaves
-    every program room at once. One-byte weights, which must be widened, want tiles for the tensor core's left side (64 and
-    more). In float32: see `_rule32`.
+
+def _rule16(n: int, k: int, weight_dtype: torch.dtype, device: DeviceTraits) -> LinearConfig:
+    """Tiles of N that give three fifths of the multiprocessors one (more and smaller ones leave some with two: 10240×8192
+    in 160 tiles took 89 µs of 132 multiprocessors, the library 61), K whole, and as deep a pipeline as leaves every
+    program room at once. One-byte weights, which must be widened, want tiles for the tensor core's left side (64 and more).
     """
-    prefetch, tma = _hopper(k, dtype, weight_dtype, device)
-    if dtype == torch.float32:
-        config = replace(_rule32(n, k, device), tma=tma, prefetch=prefetch)
-        return replace(config, num_stages=stages(config, n, k, dtype, weight_dtype, device))
     one_byte, small = weight_dtype.itemsize == 1, n * k * weight_dtype.itemsize < LATENCY_BYTES
     block_n = 128
     # halving the tile doubles the reads of x (from L2); splitting K instead adds a second launch
@@ -140,15 +145,8 @@ def rule(n: int, k: int, dtype: torch.dtype, weight_dtype: torch.dtype, device: 
         block_n //= 2
     # 10240×8192 in 80 tiles, each split in two: 45 µs; in 160 tiles: 59
     split_k = 2 if one_byte and not small and 3 * -(-n // block_n) < 2 * device.sms else 1
-    config = LinearConfig(
-        block_n,
-        block_k=256 if block_n in (16, 64) else 128,
-        split_k=split_k,
-        swap=one_byte and block_n >= BLOCK_M,
-        tma=tma,
-        prefetch=prefetch,
-    )
-    return replace(config, num_stages=stages(config, n, k, dtype, weight_dtype, device))
+    block_k = 256 if block_n in (16, 64) else 128
+    return LinearConfig(block_n, block_k, split_k, swap=one_byte and block_n >= BLOCK_M)
 
 
 def _rule32(n: int, k: int, device: DeviceTraits) -> LinearConfig:
@@ -164,13 +162,6 @@ def _rule32(n: int, k: int, device: DeviceTraits) -> LinearConfig:
     split_k = two if two > 2 * one else one
     block_k = 64 if columns * split_k <= device.sms or block_n == 32 else 32
     return LinearConfig(block_n, block_k, split_k, num_warps=8 if block_n == 128 else 4, swap=block_n >= BLOCK_M)
-
-
-def _hopper(k: int, dtype: torch.dtype, weight_dtype: torch.dtype, device: DeviceTraits) -> tuple[int, bool]:
-    """Lines to ask for ahead, and whether the copy engine can bring rows of K values."""
-    if device.capability < (9, 0):
-        return 0, False
-    return PREFETCH_LINES, k * weight_dtype.itemsize % 16 == 0 and k * dtype.itemsize % 16 == 0
 
 
 def stages(
