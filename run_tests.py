@@ -57,10 +57,20 @@ def prepare_venv() -> str | None:
     python = str(venv_python())
     if run(python, "-c", "import pip") and run(python, "-m", "ensurepip"):
         return f"{VENV} has no pip and cannot get it; remove it to start afresh"
-    print("Installing the package and its test extra", flush=True)
-    if run(python, "-m", "pip", "install", "--disable-pip-version-check", "-e", ".[test]"):
+    print(installing(missing_in_venv()), flush=True)
+    if run(python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "-e", ".[test]"):
         return f"the installation failed; pip's message is above. Mend it, or remove {VENV} to start afresh"
     return None
+
+
+def installing(missing: list[str]) -> str:
+    """What pip is about to do, and for how long it may be silent."""
+    what = f"Installing the package and what its tests need in {VENV.name}, on this first run only"
+    if "torch" in missing:
+        return (
+            f"{what}: several minutes without a word, more on a slow line: PyTorch comes too (gigabytes, if for CUDA)"
+        )
+    return f"{what}: a minute or two without a word, more on a slow line"
 
 
 def share_torch() -> None:

@@ -23,7 +23,8 @@ INTERRUPTED = 130
 _ClickError = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 app = typer.Typer(name="eagle", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-app.command()(generate)
+# A prompt without quotes comes as several arguments: the command says so itself.
+app.command(context_settings={"allow_extra_args": True})(generate)
 app.command()(chat)
 app.add_typer(bench.app, name="bench")
 app.command()(train)
@@ -65,12 +66,22 @@ def run(command: typer.Typer, name: str, arguments: list[str] | None = None) -> 
         # some versions put pydantic's words before a choice that does not exist
         return _fail(error.format_message().replace("Value error, ", "").rstrip(".") + help_line)
     except (KeyboardInterrupt, typer.Abort):
-        return INTERRUPTED
+        code = INTERRUPTED
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not worth an import of torch here
             raise
         return _fail(f"out of GPU memory ({error}); take a smaller model, batch, tree or --max-new-tokens")
+    if code == INTERRUPTED:  # typer itself makes this of Ctrl-C
+        _end_terminal_line()
     return code if isinstance(code, int) else 0
+
+
+def _end_terminal_line() -> None:
+    """Put the shell's prompt on a line of its own; what goes to a file or a pipe stays as it is."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream.isatty():
+            print(file=stream, flush=True)
+            return
 
 
 def _fail(message: str) -> int:

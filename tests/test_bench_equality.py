@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from tiny import tiny_eagle
+from tiny_folder import save_pair
 
 from eagle.bench import equality
 from eagle.bench.equality import compare, lengthened
 from eagle.cli import main
+from eagle.model import triton_kernels
 from eagle.model.ops import TreeShape
 
 SHAPES = (TreeShape(12, 2, 3), TreeShape(4, 2, 1))
@@ -24,10 +28,12 @@ def test_every_way_is_compared() -> None:
     found = compare(model, prompts(), 15, SHAPES, (1, 3), told=seen.append)
     assert seen == found
     assert [(row.shape, row.batch) for row in found] == [
-        (SHAPES[0], 1), (SHAPES[1], 1), (SHAPES[0], 3), (SHAPES[1], 3), (None, 3)
+        (None, 1), (SHAPES[0], 1), (SHAPES[1], 1), (SHAPES[0], 3), (SHAPES[1], 3), (None, 3)
     ]  # fmt: skip
     assert all(row.equal == row.prompts == 5 and row.tokens == 75 and not row.partings for row in found)
-    assert found[0].accept_length > 1.0 == found[-1].accept_length
+    assert found[1].accept_length > 1.0 == found[0].accept_length == found[-1].accept_length
+    assert [row.is_reference for row in found] == [True] + [False] * 5
+    assert str(found[0]).startswith("plain, batch 1, the reference: 5 of 5 equal, 75 tokens")
     assert all(row.step_ms > 0 for row in found)
     assert f"{found[0].step_ms:.2f} ms a step" in str(found[0])
     assert model.tree_shape == before
@@ -43,7 +49,8 @@ def test_a_difference_is_placed(monkeypatch) -> None:
         return outputs, *figures
 
     monkeypatch.setattr(equality, "_decode", wrong)
-    (result,) = compare(tiny_eagle(), prompts(), 15, SHAPES[:1])
+    reference, result = compare(tiny_eagle(), prompts(), 15, SHAPES[:1])
+    assert not reference.partings
     assert result.partings == {3: 7}
     assert "4 of 5 equal" in str(result)
     assert "prompt 3 parts at token 7" in str(result)
@@ -54,6 +61,31 @@ def test_prompts_are_lengthened_in_front() -> None:
     assert lengthened([1, 2], [7, 8, 9], 9) == [7, 8, 9, 7, 8, 9, 7, 1, 2]
     assert lengthened([1, 2], [7], 2) == [1, 2]
     assert lengthened([1, 2, 3], [7], 2) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "exact", "said"), [((), "auto", "auto"), (("--exact",), True, "on"), (("--no-exact",), False, "off")]
+)
+def test_the_command_records_how_exact_it_was(options, exact, said, tmp_path, capsys, monkeypatch) -> None:
+    pair, out, asked = save_pair(tmp_path / "pair"), tmp_path / "found.json", []
+    optimize = triton_kernels.optimize_eagle_with_triton
+
+    def seen(model, **given):
+        asked.append(given["exact"])
+        return optimize(model, **given)
+
+    monkeypatch.setattr(triton_kernels, "optimize_eagle_with_triton", seen)
+    command = ["bench", "equality", "--model", str(pair), "--limit", "2", "-n", "4", "--tree", "8,2,3"]
+    assert main([*command, "--batch", "1", "--batch", "2", "--out", str(out), *options]) == 0
+    assert asked == [exact]
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.endswith(f", exact: {said}")
+    assert [line.split(":")[0] for line in lines] == [
+        "plain, batch 1, the reference", "8,2,3, batch 1", "8,2,3, batch 2", "plain, batch 2"
+    ]  # fmt: skip
+    rows = json.loads(out.read_text())["results"]
+    assert [(row["name"], row["batch"]) for row in rows] == [("plain", 1), ("8,2,3", 1), ("8,2,3", 2), ("plain", 2)]
+    assert all(row["exact"] == exact and row["equal"] == 2 and row["step_ms"] > 0 for row in rows)
 
 
 @pytest.mark.parametrize("option", [("--batch", "0"), ("--batch", "-1"), ("--prefix", "-1")], ids=" ".join)

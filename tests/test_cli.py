@@ -71,6 +71,8 @@ def test_models_lists_every_name(capsys):
         (["nonsense"], ["nonsense"]),
         (["generate"], ["PROMPT"]),
         (["generate", "--foo", "hi"], ["--foo", "generate --help"]),
+        (["generate", "Hello", "there"], ["2 arguments", "quotes", 'eagle generate "Hello there"']),
+        (["generate", "-n", "5", 'Say "x"', "for", "$5"], ["3 arguments", "eagle generate 'Say \"x\" for $5'"]),
         (["generate", "--top-k", "many", "hi"], ["--top-k", "valid int"]),
         (["generate", "--kernels", "fast", "hi"], ["fast", "triton"]),
         (["generate", ""], ["empty"]),
@@ -82,13 +84,14 @@ def test_models_lists_every_name(capsys):
         (["generate", "--temperature", "nan", "hi"], ["nan"]),
         (["generate", "--top-p", "1.5", "hi"], ["1.5", "0 to 1"]),
         (["generate", "--top-k", "-1", "hi"], ["-1"]),
-        (["generate", "--tree", "60,7", "hi"], ["60,7", "60,7,10"]),
+        (["generate", "--tree", "60,7", "hi"], ["60,7", "TOTAL,DEPTH,TOPK", "total_token, depth and top_k", "60,7,10"]),
         (["generate", "--tree", "a,b,c", "hi"], ["a,b,c"]),
         (["generate", "--tree", "1,7,10", "hi"], ["total_token", "1"]),
         (["generate", "--tree", "60,-1,10", "hi"], ["depth", "-1"]),
         (["generate", "--tree", "60,7,0", "hi"], ["top_k", "0"]),
         (["generate", "--tree", "60,1,2", "hi"], ["60", "7"]),
         (["generate", "--model", "SmolLM2-135N", "hi"], ["SmolLM2-135N", "SmolLM2-135M"]),
+        (["generate", "--model", "gpt2", "hi"], ["'gpt2'", "eagle models"]),
         (["generate", "--model", "./nowhere", "hi"], ["nowhere"]),
         (["chat", "--max-new-tokens", "0"], ["at least 1"]),
         (["chat", "--temperature", "-1"], ["-1"]),
@@ -182,6 +185,23 @@ def test_exit_codes(capsys, monkeypatch, pair, error, code):
     assert printed.err.count("\n") == (1 if code == 2 else 0)
 
 
+@pytest.mark.parametrize(
+    ("terminals", "ended"), [((True, True), "out"), ((False, True), "err"), ((False, False), None)]
+)
+def test_ctrl_c_ends_the_line_on_a_terminal(capsys, monkeypatch, terminals, ended):
+    def interrupted(*args):
+        generate.write("Hello th")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "open_model", interrupted)
+    for stream, is_terminal in zip((sys.stdout, sys.stderr), terminals, strict=True):
+        monkeypatch.setattr(stream, "isatty", lambda answer=is_terminal: answer)
+    assert cli.main(["generate", "hi"]) == 130
+    printed = capsys.readouterr()
+    assert printed.out == "Hello th" + "\n" * (ended == "out")
+    assert printed.err == "\n" * (ended == "err")
+
+
 def test_a_bug_is_not_dressed_up_as_a_mistake(monkeypatch, pair):
     monkeypatch.setattr(generate, "encode_prompt", _raising(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
@@ -236,6 +256,21 @@ def test_doctor_on_a_gpu_tells_how_steps_run(gpu, tuned, monkeypatch):
     assert "FlashAttention 2.8.3 can't be used: flash_attn does not import" in problems[0]["problem"]
     assert not problems[0]["fatal"]
     assert doctor.run_report({"linear": {"implementation": "torch"}})[0]["step"].startswith("op by op")
+
+
+@pytest.mark.parametrize(
+    ("implementations", "words"),
+    [
+        (["sdpa", "torch"], "PyTorch itself"),
+        (["flash (prompts), triton (steps)", "torch"], "optimize_eagle_with_triton"),
+    ],
+)
+def test_doctor_says_what_its_list_is(capsys, implementations, words):
+    report = doctor.diagnose()
+    report["ops"] = {f"op{index}": {"implementation": name, "why": "…"} for index, name in enumerate(implementations)}
+    doctor.print_report(report)
+    heading = next(line for line in capsys.readouterr().out.splitlines() if "each operation" in line)
+    assert words in heading
 
 
 def test_doctor_names_a_broken_table(monkeypatch, tmp_path):

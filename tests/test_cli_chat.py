@@ -47,6 +47,14 @@ def test_piped_conversation(capsys, monkeypatch, pair):
     assert "unread" not in out
 
 
+@pytest.mark.parametrize("command", ["/quit", "/exit"])
+def test_what_ends_a_chat_is_in_its_help(capsys, monkeypatch, pair, command):
+    code, out, _ = talk(capsys, monkeypatch, pair, f"/help\n{command}\n/stats\n")
+    assert code == 0
+    assert command in out
+    assert "nothing has been said" not in out
+
+
 def test_end_of_input_ends_the_chat(capsys, monkeypatch, pair):
     code, out, _ = talk(capsys, monkeypatch, pair, "Hi")
     assert code == 0

@@ -114,7 +114,16 @@ def test_missing_packages_are_installed_in_a_venv(run_tests, monkeypatch, tmp_pa
     assert commands[0] == (sys.executable, "-m", "venv", str(tmp_path))
     assert commands[-1][0] == str(python)
     assert commands[-1][-2:] == ("-e", ".[test]")
+    assert "-qq" in commands[-1]
     assert shared == [1]
+
+
+@pytest.mark.parametrize("missing", [["typer"], ["torch", "typer"]])
+def test_one_line_says_how_long_the_installation_is_silent(run_tests, missing):
+    line = run_tests["installing"](missing)
+    assert "\n" not in line
+    assert ("PyTorch" in line) == ("torch" in missing)
+    assert "a minute or two" in line or "several minutes" in line
 
 
 def test_failing_installation_is_told(run_tests, monkeypatch, tmp_path, capsys):

@@ -10,10 +10,10 @@ import pytest
 import torch
 from tiny import tiny_draft, tiny_eagle, tiny_target
 
-from eagle.engine import captures
+from eagle.engine import captures, session
 from eagle.engine.session import Session
 from eagle.engine.settings import EngineSettings
-from eagle.engine.state import StaticState
+from eagle.engine.state import ROW_TILE, StaticState
 from eagle.errors import InvalidInputError, UnsupportedModelError
 from eagle.model.ea_model import EaModel
 from eagle.model.ops import DecodeState
@@ -88,10 +88,94 @@ def test_settings_can_change_between_calls_only(eagle, monkeypatch) -> None:
     eagle.configure_engine(EngineSettings())
 
 
-@pytest.mark.parametrize("bad", [{"engine": "fast"}, {"fused": True}, {"draft_dtype": "int4"}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"engine": "fast"}, {"fused": True}, {"draft_dtype": "int4"}, {"exact": "on"}, {"exact": None}, {"exact": 1}],
+    ids=str,
+)
 def test_unknown_settings_are_refused(bad: dict) -> None:
     with pytest.raises(InvalidInputError, match="expected"):
         EngineSettings(**bad)
+
+
+def step_rows(monkeypatch: pytest.MonkeyPatch, model: EaModel) -> list[int]:
+    """The rows of each sequence in the target passes of steps to come; prefill's have no depths."""
+    forward, found = model.target.forward, []
+
+    def counted(tokens: torch.Tensor, *args, depths=None, **options):
+        if depths is not None:
+            found.append(tokens.shape[1])
+        return forward(tokens, *args, depths=depths, **options)
+
+    monkeypatch.setattr(model.target, "forward", counted)
+    return found
+
+
+@pytest.mark.parametrize("replays", [False, True], ids=["eager", "static"])
+@pytest.mark.parametrize(("exact", "dear", "other"), [("auto", False, True), (True, True, True), (False, False, False)])
+def test_which_passes_are_padded(exact, dear, other, replays, monkeypatch) -> None:
+    """``dear``: plain decoding of several prompts, which pays most; ``other``: everything else."""
+    eagle = tiny_eagle(12, 2, 4)
+    monkeypatch.setattr(Session, "replays", replays)
+    eagle.configure_engine(EngineSettings("captured", exact=exact))
+    rows = step_rows(monkeypatch, eagle)
+    for speculative, batch in [(False, 1), (False, 3), (True, 3), (True, 1), (False, 2), (True, 2)]:
+        out = eagle.generate(prompts(*[5] * batch)[0], max_new_tokens=6, speculative=speculative)
+        assert out.shape == (batch, 11)
+        padded = dear if batch > 1 and not speculative else other
+        assert set(rows) == {ROW_TILE if padded else 12 if speculative else 1}, (speculative, batch)
+        rows.clear()
+
+
+def test_a_fused_target_is_padded_only_where_a_library_multiplies(monkeypatch) -> None:
+    eagle = tiny_eagle(12, 2, 4)
+    eagle.configure_engine(EngineSettings(fused="on", exact="auto"))
+    rows = step_rows(monkeypatch, eagle)
+    eagle.generate(prompts(5)[0], max_new_tokens=6)
+    assert set(rows) == {ROW_TILE}
+    monkeypatch.setattr(session, "products_by_kernel", lambda ops: True)
+    assert "exact" not in eagle.kernel_report()[-2].reason
+    rows.clear()
+    eagle.generate(prompts(5)[0], max_new_tokens=6)
+    assert set(rows) == {12}
+
+
+@pytest.mark.parametrize(("exact", "batches"), [("auto", 2), (True, 2), (False, 0)])
+def test_exact_calls_take_the_ops_for_any_number_of_rows(exact, batches, monkeypatch) -> None:
+    eagle, asked = tiny_eagle(12, 2, 4), []
+    monkeypatch.setattr(session, "decoding_ops", lambda ops: (asked.append(ops), ops)[1])
+    eagle.configure_engine(EngineSettings(exact=exact))
+    for batch in (1, 2):
+        eagle.generate(prompts(*[5] * batch)[0], max_new_tokens=3, speculative=False)
+    assert len(asked) == batches
+
+
+def test_the_report_tells_what_is_padded() -> None:
+    eagle = tiny_eagle(12, 2, 4)
+    said = {}
+    for exact in ("auto", True, False):
+        eagle.configure_engine(EngineSettings(exact=exact))
+        said[exact] = {choice.op: choice.reason for choice in eagle.kernel_report()}["step"]
+    assert said[True] == f"{said[False]}; exact: every pass in whole tiles of 64 rows"
+    assert said["auto"] == f"{said[True]}, but plain decoding's of several prompts"
+
+
+def test_auto_takes_turns_with_one_set_of_caches_and_one_step_a_kind(monkeypatch) -> None:
+    eagle = tiny_eagle(30, 2, 5)
+    eagle.exact = "auto"
+    short, long = prompts(9, 2, 5), prompts(210, 7, 30)  # long's positions and 64 rows more exceed a block of slots
+    calls = [(ids, mask, kind) for ids, mask in (short, long, short) for kind in (False, True)]
+
+    def generate(ids: torch.Tensor, mask: torch.Tensor, speculative: bool) -> torch.Tensor:
+        return eagle.generate(ids, attention_mask=mask, max_new_tokens=15, speculative=speculative)
+
+    wanted = [generate(*call) for call in calls]
+    static(monkeypatch, eagle)
+    for call, tokens in zip(calls, wanted, strict=True):
+        assert torch.equal(generate(*call), tokens)
+    steps = eagle._session.captures.steps()
+    assert {(step.run.draft is None, step.run.pad_rows) for step in steps} == {(True, False), (False, True)}
+    assert len(steps) == 2
 
 
 def test_a_failed_capture_is_an_error_where_asked_for_and_a_warning_else(monkeypatch) -> None:

@@ -48,7 +48,41 @@ def test_unknown_names_get_near_matches():
     assert near_matches("eagle-8b")[0] == "EAGLE-8B"
     assert near_matches("qwen3-8b")[0] == "eagle3-qwen3-8b"
     assert near_matches("meta-llama/Llama-3.1-8B-Instruc")[0] == "meta-llama/Llama-3.1-8B-Instruct"
-    assert near_matches("zzzzzz") == []
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("eagle3-qwen3-8", ["eagle3-qwen3-8b", "eagle3-qwen3-8b-redhat", "eagle3-qwen3-8b-tengyunw"]),
+        ("eagle3-qwen3-32", ["eagle3-qwen3-32b", "eagle3-qwen3-32b-redhat"]),
+        ("Eagle_Qwen3 8B", ["eagle3-qwen3-8b"]),
+        ("eagel3-qwen3-8b", ["eagle3-qwen3-8b"]),
+        ("eagle3-qwen3-8b-awq", ["eagle3-qwen3-8b"]),
+        ("Llama-3.1-8B", ["eagle-llama3.1-8b", "eagle3-llama3.1-8b"]),
+        ("SmolLM2-135M-Instruct", [DEFAULT_MODEL]),
+        ("smol", [DEFAULT_MODEL]),
+        ("olmoe", ["eagle3-olmoe-1b-7b"]),
+        ("Qwen/Qwen3-235B", ["Qwen/Qwen3-235B-A22B"]),
+    ],
+)
+def test_near_matches_are_close_and_the_best_comes_first(typed, meant):
+    assert near_matches(typed) == meant
+
+
+@pytest.mark.parametrize(
+    "typed", ["", "-", "8b", "70b", "llama", "qwen3", "gpt2", "mistral", "SmolLM2-360M", "foo/bar", "zzz"]
+)
+def test_what_is_far_or_fits_many_gets_no_near_match(typed):
+    assert near_matches(typed) == []
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_slip_leads_back_to_the_name(name):
+    """The last letter missing, another left out, one doubled."""
+    for typed in (name[:-1], name[:2] + name[3:], name[:4] + name[3:]):
+        found = near_matches(typed)
+        assert name in found, typed
+        assert len(found) <= 3
 
 
 def test_the_error_is_one_line():

@@ -220,6 +220,19 @@ def test_environment_asks_and_arguments_win(model, monkeypatch):
     assert set(ops_in(originals)) == set(OPS) - {"swiglu"}
 
 
+def test_exact_is_auto_where_kernels_serve_and_as_loaded_elsewhere(model):
+    optimize_eagle_with_triton(model, kernels="triton")
+    assert model.engine.exact == "auto"
+    for exact in (True, False):
+        optimize_eagle_with_triton(model, kernels="triton", exact=exact)
+        assert model.engine.exact is exact
+    if DEVICE == "cpu":
+        optimize_eagle_with_triton(model, kernels="torch")
+        assert model.engine.exact is False
+    with pytest.raises(InvalidInputError, match="exact is 'yes'; expected True, False or 'auto'"):
+        optimize_eagle_with_triton(model, exact="yes")
+
+
 def test_a_table_of_ones_own(model):
     mine = TORCH_OPS.replaced(linear=lambda x, weight, bias=None: TORCH_OPS.linear(x, weight, bias))
     _, originals = optimize_eagle_with_triton(model, ops=mine)

@@ -1,8 +1,8 @@
 """Is greedy EAGLE output plain decoding's, token for token, and what does a step take? Over prompts, trees, batch sizes
 and prefix lengths.
 
-Plain decoding of each prompt alone is the reference. Everything else is compared with it: each tree, alone and in batches,
-and plain decoding in batches.
+Plain decoding of each prompt alone is the reference, and comes first. Everything else is compared with it: each tree,
+alone and in batches, and plain decoding in batches.
 """
 
 from __future__ import annotations
@@ -38,13 +38,18 @@ class Equality:
         return self.prompts - len(self.partings)
 
     @property
+    def is_reference(self) -> bool:
+        return self.shape is None and self.batch == 1
+
+    @property
     def name(self) -> str:
         return "plain" if self.shape is None else f"{self.shape.total_token},{self.shape.depth},{self.shape.top_k}"
 
     def __str__(self) -> str:
         parted = "".join(f"; prompt {number} parts at token {where}" for number, where in self.partings.items())
+        role = ", the reference" if self.is_reference else ""
         return (
-            f"{self.name}, batch {self.batch}: {self.equal} of {self.prompts} equal, {self.tokens} tokens, "
+            f"{self.name}, batch {self.batch}{role}: {self.equal} of {self.prompts} equal, {self.tokens} tokens, "
             f"accept length {self.accept_length:.2f}, {self.step_ms:.2f} ms a step{parted}"
         )
 
@@ -60,32 +65,32 @@ def compare(
     batches: Iterable[int] = (1,),
     told: Callable[[Equality], None] = lambda result: None,
 ) -> list[Equality]:
-    """Decode ``prompts`` every way and compare. The model's tree is left as it was. Raises what `EaModel.stream` does."""
+    """Decode ``prompts`` every way and compare; the reference's own figures come first. The model's tree is left as it
+    was. Raises what `EaModel.stream` does."""
     check_prompts(model, prompts)
-    reference, *_ = _decode(model, prompts, max_new_tokens, 1, speculative=False)
+    others = [(shape, batch) for batch in batches for shape in (*shapes, None) if (shape, batch) != (None, 1)]
+    reference: list[list[int]] | None = None
     found = []
     before = model.tree_shape
     try:
-        for batch in batches:
-            for shape in (*shapes, None):
-                if shape is None and batch == 1:
-                    continue  # the reference itself
-                if shape is not None:
-                    model.set_tree(shape.total_token, shape.depth, shape.top_k)
-                rows, lengths, step_ms = _decode(model, prompts, max_new_tokens, batch, speculative=shape is not None)
-                pairs = enumerate(zip(rows, reference, strict=True), start=1)
-                parted = {number: parting(one, other) for number, (one, other) in pairs}
-                result = Equality(
-                    shape,
-                    batch,
-                    len(prompts),
-                    sum(map(len, rows)),
-                    sum(lengths) / max(1, len(lengths)),
-                    step_ms,
-                    {number: where + 1 for number, where in parted.items() if where is not None},
-                )
-                found.append(result)
-                told(result)
+        for shape, batch in [(None, 1), *others]:
+            if shape is not None:
+                model.set_tree(shape.total_token, shape.depth, shape.top_k)
+            rows, lengths, step_ms = _decode(model, prompts, max_new_tokens, batch, speculative=shape is not None)
+            reference = rows if reference is None else reference
+            pairs = enumerate(zip(rows, reference, strict=True), start=1)
+            parted = {number: parting(one, other) for number, (one, other) in pairs}
+            result = Equality(
+                shape,
+                batch,
+                len(prompts),
+                sum(map(len, rows)),
+                sum(lengths) / max(1, len(lengths)),
+                step_ms,
+                {number: where + 1 for number, where in parted.items() if where is not None},
+            )
+            found.append(result)
+            told(result)
     finally:
         model.set_tree(before.total_token, before.depth, before.top_k)
     return found

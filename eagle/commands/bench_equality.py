@@ -30,6 +30,8 @@ from eagle.commands.options import (
 from eagle.commands.outputs import check_out, writing
 from eagle.commands.reply import encode_prompt, has_template
 
+EXACT = {None: "auto", True: "on", False: "off"}
+
 
 def equality(
     model: ModelOption = MODEL_DEFAULT,
@@ -53,8 +55,13 @@ def equality(
     draft_dtype: DraftDtypeOption = WeightDtype.same,
     target_dtype: TargetDtypeOption = WeightDtype.same,
     exact: Annotated[
-        bool, typer.Option(help="Bit-equal rows whatever the batch and the tree; --no-exact: what is fastest.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--exact/--no-exact",
+            help="Bit-equal rows whatever the batch and the tree; --no-exact: what is fastest. Default: exact, but for "
+            "plain decoding in batches by a target's own modules.",
+        ),
+    ] = None,
     fused: Annotated[
         bool, typer.Option(help="Llama-like targets through packed weights; --no-fused: their own modules.")
     ] = True,
@@ -74,10 +81,11 @@ def equality(
     check_out(out)
     chosen = read_prompts(prompts, limit)
     found = []
+    exactness = "auto" if exact is None else exact
     settings = {
         "model": model,
         "prefix": prefix,
-        "exact": exact,
+        "exact": exactness,
         "fused": fused,
         "draft_dtype": draft_dtype.value,
         "target_dtype": target_dtype.value,
@@ -94,11 +102,11 @@ def equality(
             loaded,
             kernels=kernels.value,
             fused="auto" if fused else "off",
-            exact=exact,
+            exact=exactness,
             draft_dtype=draft_dtype.setting,
             target_dtype=target_dtype.setting,
         )
-        print(headline(model, loaded, tree=False), flush=True)
+        print(f"{headline(model, loaded, tree=False)}, exact: {EXACT[exact]}", flush=True)
         tokenizer, raw = loaded.get_tokenizer(), not has_template(loaded.get_tokenizer())
         ids = [encode_prompt(tokenizer, prompt.text, raw=raw) for prompt in chosen]
         if prefix:

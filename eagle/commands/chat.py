@@ -47,7 +47,8 @@ from eagle.errors import InvalidInputError, OutOfMemoryError
 if TYPE_CHECKING:
     from eagle.model.ea_model import EaModel
 
-HELP = "/reset forgets the conversation · /stats shows figures · /help · /quit or Ctrl-D ends · Ctrl-C stops a reply"
+LEAVE = "/quit, /exit or Ctrl-D ends the chat"
+HELP = f"/reset forgets the conversation · /stats shows figures · /help · Ctrl-C stops a reply · {LEAVE}"
 
 
 class Conversation:
@@ -171,7 +172,7 @@ def read_line(interactive: bool) -> str | None:
         except KeyboardInterrupt:
             if not interactive:
                 raise
-            print("\n/quit or Ctrl-D ends the chat")
+            print(f"\n{LEAVE}")
             continue
         except UnicodeDecodeError as error:
             raise InvalidInputError(f"standard input is not valid {error.encoding} text") from None

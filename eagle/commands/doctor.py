@@ -18,6 +18,8 @@ from eagle.errors import InvalidInputError
 from eagle.versions import installed_version
 
 VARIABLES = "EAGLE_KERNELS and EAGLE_KERNELS_<OP>"
+PYTORCH = ("torch", "sdpa")
+RUNNING_WORDS = {"step": "execution", "tuned": "tuned settings"}
 LEAST = {"torch": (2, 11), "transformers": (5, 17), "triton": (3, 6)}
 
 
@@ -100,7 +102,7 @@ def op_report() -> dict[str, dict[str, str]]:
 def run_report(ops: dict[str, dict[str, str]]) -> tuple[dict[str, str], list[dict[str, Any]]]:
     """How a step would run and where the linears' launch configurations come from, and what is wrong with either."""
     from eagle.model.triton_kernels.hardware import default_hardware
-    from eagle.model.triton_kernels.tuned_table import VARIABLE, relative, tuned_linears
+    from eagle.model.triton_kernels.tuned_table import VARIABLE, shipped, tuned_linears
 
     hardware, problems = default_hardware(), []
     kernels = any("triton" in entry["implementation"] for entry in ops.values())
@@ -117,7 +119,7 @@ def run_report(ops: dict[str, dict[str, str]]) -> tuple[dict[str, str], list[dic
         return {"step": step, "tuned": "none"}, problems
     source = f"{os.environ[VARIABLE]} ({VARIABLE}) before " if os.environ.get(VARIABLE) else ""
     tuned = (
-        f"{shapes} shapes: {source}{relative(hardware.name)}"
+        f"{shapes} shapes: {source}{', '.join(reversed(shipped(hardware.name)))}"
         if shapes
         else "none: by rule ('eagle bench tune' makes one)"
     )
@@ -193,6 +195,16 @@ def cache_report() -> dict[str, Any]:
     }
 
 
+def ops_heading(ops: dict[str, dict[str, str]]) -> str:
+    """What the list of ops shows; where PyTorch serves them all, that this is no fault."""
+    heading = "what computes each operation of a decoding step"
+    if all(entry["implementation"] in PYTORCH for entry in ops.values()):
+        return (
+            f"{heading}: PyTorch itself ({', '.join(PYTORCH)}), which works everywhere; Triton kernels would be faster"
+        )
+    return f"{heading}, in the commands, and in Python after optimize_eagle_with_triton"
+
+
 def print_report(report: dict[str, Any]) -> None:
     """The report as lines of text."""
     for name, found in report["versions"].items():
@@ -206,11 +218,12 @@ def print_report(report: dict[str, Any]) -> None:
     print(f"{'cache':<13} {cache['folder']}{' (EAGLE_CACHE)' if cache['from_EAGLE_CACHE'] else ''}")
     print(f"{'default model':<13} {cache['default_model']}, {'there' if cache['default_model_present'] else 'missing'}")
     if report["ops"]:
-        print("\nops, where kernels are asked for")
+        print(f"\n{ops_heading(report['ops'])}")
         for name, entry in report["ops"].items():
             print(f"  {name:<20} {entry['implementation']}: {entry['why']}")
+        print("\nhow a step runs")
         for name, words in report["running"].items():
-            print(f"  {name:<20} {words}")
+            print(f"  {RUNNING_WORDS[name]:<20} {words}")
     if report["problems"]:
         print("\nto do")
         for entry in report["problems"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import shlex
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -43,6 +44,7 @@ from eagle.commands.reply import (
     reply_to,
     write,
 )
+from eagle.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from eagle.engine.loop import GenerationStats
@@ -51,7 +53,8 @@ WARM_UP_TOKENS = 4
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="The prompt; '-' reads standard input.")],
+    context: typer.Context,
+    prompt: Annotated[str, typer.Argument(help="The prompt, in quotes; '-' reads standard input.")],
     model: ModelOption = MODEL_DEFAULT,
     draft: DraftOption = None,
     max_new_tokens: NewTokensOption = 256,
@@ -74,6 +77,7 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Answer a prompt with EAGLE speculative decoding."""
+    check_one_argument(prompt, context.args)
     check_text(text := read_stdin() if prompt == "-" else prompt)
     check_flags(tree, kernels, max_new_tokens)
     sampling = sampling_of(temperature, top_p, top_k)
@@ -105,6 +109,17 @@ def generate(
     print(summary(reply.stats))
     if plain is not None:
         print(comparison(reply, plain))
+
+
+def check_one_argument(prompt: str, more: list[str]) -> None:
+    """Refuse a prompt that the shell handed over in pieces. Raises InvalidInputError with the command to type instead."""
+    if not more:
+        return
+    text = " ".join((prompt, *more))
+    quoted = shlex.quote(text) if set(text) & set('"$`\\!') else f'"{text}"'
+    raise InvalidInputError(
+        f"the prompt came as {len(more) + 1} arguments; several words need quotes around them: eagle generate {quoted}"
+    )
 
 
 def figures(reply: Reply, plain: Reply | None = None) -> dict[str, Any]:

@@ -45,6 +45,9 @@ class WeightDtype(str, Enum):
         return None if self is WeightDtype.same else self.value
 
 
+TREE_METAVAR = "TOTAL,DEPTH,TOPK"
+TREE_WORDS = "EAGLE's total_token, depth and top_k"
+
 ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="A name from 'eagle models', a model folder, or a hub id.")
 ]
@@ -61,8 +64,8 @@ TreeOption = Annotated[
     str,
     typer.Option(
         "--tree",
-        metavar="TOTAL,DEPTH,TOPK",
-        help="The draft tree: nodes, passes, branching. auto: the fastest, on a GPU measured once and remembered.",
+        metavar=TREE_METAVAR,
+        help=f"The draft tree: {TREE_WORDS}. auto: the fastest, on a GPU measured once and remembered.",
     ),
 ]
 KernelsOption = Annotated[
@@ -106,7 +109,7 @@ def parse_tree(text: str) -> tuple[int, int, int]:
         total_token, depth, top_k = (int(part) for part in text.split(","))
     except ValueError:
         raise InvalidInputError(
-            f"--tree is {text!r}; expected auto, or three whole numbers: total tokens, depth and top-k, such as 60,7,10"
+            f"--tree is {text!r}; expected auto or {TREE_METAVAR}, whole numbers: {TREE_WORDS}, such as 60,7,10"
         ) from None
     return total_token, depth, top_k
 

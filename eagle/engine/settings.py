@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from eagle.errors import InvalidInputError
 
@@ -10,20 +11,25 @@ ENGINES = ("auto", "captured", "eager")
 FUSED = ("auto", "on", "off")
 ONE_BYTE = ("int8", "fp8")
 
+Exact = bool | Literal["auto"]
+"""What `EngineSettings.exact` may be."""
+
 
 @dataclass(frozen=True)
 class EngineSettings:
     """``engine``: "captured" replays a step as one CUDA graph, "eager" runs its ops one by one, "auto" captures on a
     CUDA device and says in `EaModel.kernel_report` where a model can't be. ``fused``: "on" runs a Llama-like target's
     layers and the head through the fused ops instead of module by module, "auto" does where it can. ``exact``: greedy
-    output equals plain decoding's bit for bit, also where a library computes the matrix products. ``draft_dtype``: keep
-    the head's weights in one byte a value; the output can't change, only what is proposed. ``target_dtype``: the same
-    for a fused target's products, weights rounded by output channel; the output is then the rounded model's.
+    output equals plain decoding's bit for bit, also where a library computes the target's matrix products, in passes
+    padded to whole tiles of rows (`Session.pads_rows`); "auto" leaves out plain decoding of several prompts there,
+    which would take a fifth longer a step. ``draft_dtype``: keep the head's weights in one byte a value; the output
+    can't change, only what is proposed. ``target_dtype``: the same for a fused target's products, weights rounded by
+    output channel; the output is then the rounded model's.
     """
 
     engine: str = "eager"
     fused: str = "off"
-    exact: bool = False
+    exact: Exact = False
     draft_dtype: str | None = None
     target_dtype: str | None = None
 
@@ -32,6 +38,8 @@ class EngineSettings:
             raise InvalidInputError(f"engine is {self.engine!r}; expected one of {', '.join(ENGINES)}")
         if self.fused not in FUSED:
             raise InvalidInputError(f"fused is {self.fused!r}; expected one of {', '.join(FUSED)}")
+        if not isinstance(self.exact, bool) and self.exact != "auto":
+            raise InvalidInputError(f"exact is {self.exact!r}; expected True, False or 'auto'")
         for name, dtype in (("draft_dtype", self.draft_dtype), ("target_dtype", self.target_dtype)):
             if dtype is not None and dtype not in ONE_BYTE:
                 raise InvalidInputError(f"{name} is {dtype!r}; expected None or one of {', '.join(ONE_BYTE)}")

@@ -8,6 +8,7 @@ single contributors listed in SafeAILab's own table. Nothing here is downloaded 
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -132,17 +133,40 @@ def heads_for(base: str) -> list[Preset]:
 
 
 def near_matches(name: str, count: int = 3) -> list[str]:
-    """At most ``count`` preset names or target ids that ``name`` may have meant, likeliest first."""
-    wanted = name.strip().lower()
-    known = {candidate.lower(): candidate for candidate in PRESETS}
+    """At most ``count`` preset names or target ids that ``name`` may have meant, likeliest first; often none.
+
+    Case and separators don't count. A part of a known name stands for the names it belongs to, if these are few or the
+    part is most of them; a name with something added stands for itself; otherwise only slips of a letter or two are
+    taken for a known name.
+    """
+    wanted = _squash(name)
+    if len(wanted) < 3:
+        return []
+    known = {_squash(candidate): candidate for candidate in PRESETS}
     # Where the user wrote a hub id, the ids of known targets are candidates as well.
     if "/" in wanted:
-        known |= {preset.base.lower(): preset.base for preset in PRESETS.values() if preset.origin == "hub"}
-    close = difflib.get_close_matches(wanted, known, n=count, cutoff=0.6)
-    containing = [
-        candidate for candidate in known if len(wanted) >= 3 and wanted in candidate and candidate not in close
-    ]
-    return [known[candidate] for candidate in (*close, *containing)][:count]
+        known |= {_squash(preset.base): preset.base for preset in PRESETS.values() if preset.origin == "hub"}
+    close = [candidate for candidate in known if wanted in candidate]
+    if len(close) > count:
+        close = [candidate for candidate in close if 2 * len(wanted) >= len(candidate)]
+    close.sort(key=lambda candidate: (not candidate.startswith(wanted), len(candidate)))
+    if not close:
+        close = sorted((candidate for candidate in known if wanted.startswith(candidate)), key=len, reverse=True)[:1]
+    if not close:
+        close = _slips(wanted, list(known), count)
+    return [known[candidate] for candidate in close[:count]]
+
+
+def _squash(name: str) -> str:
+    """A name without case and separators: Llama-3.1_8B → llama3.18b."""
+    return re.sub(r"[^a-z0-9./]", "", name.lower())
+
+
+def _slips(wanted: str, known: list[str], count: int) -> list[str]:
+    """The known names that differ little from ``wanted``, and none that is clearly farther off than the best."""
+    close = difflib.get_close_matches(wanted, known, n=count, cutoff=0.85)
+    ratios = [difflib.SequenceMatcher(None, candidate, wanted).ratio() for candidate in close]
+    return [candidate for candidate, ratio in zip(close, ratios, strict=True) if ratio > ratios[0] - 0.03]
 
 
 def hint(name: str) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from eagle.engine.settings import EngineSettings
+from eagle.engine.settings import EngineSettings, Exact
 from eagle.errors import InvalidInputError
 from eagle.model.ea_model import EaModel
 from eagle.model.ops import Ops
@@ -33,7 +33,7 @@ def optimize_eagle_with_triton(
     overrides: Mapping[str, str] | None = None,
     engine: str = "auto",
     fused: str = "auto",
-    exact: bool = True,
+    exact: Exact = "auto",
     draft_dtype: str | None = None,
     target_dtype: str | None = None,
 ) -> tuple[EaModel, dict[str, Callable[..., Any]]]:
@@ -135,7 +135,7 @@ def _settled(settings: EngineSettings, model: EaModel, ops: Ops) -> EngineSettin
         raise InvalidInputError(f"engine is 'captured', which needs a CUDA device, not {model.device.type}; use 'auto'")
     engine = plain.engine if settings.engine == "auto" else settings.engine
     fused = plain.fused if settings.fused == "auto" and settings.target_dtype is None else settings.fused
-    exact = settings.exact and (triton or engine != plain.engine)
+    exact = settings.exact if triton or engine != plain.engine else plain.exact
     return replace(settings, engine=engine, fused=fused, exact=exact)
 
 
