@@ -532,9 +532,24 @@ def test_shipped_tables_fit_their_file_names_and_devices():
         for (n, k, dtype, weight_dtype, norm_after), values in tuned_table.tuned_linears(device).items():
             config = LinearConfig(**values)
             assert fits(config, dtype, weight_dtype, H100)
-            assert choose(n, k, dtype, weight_dtype, H100, norm_after=norm_after) == config
-            family = DeviceTraits("NVIDIA H200", *list(vars(H100).values())[1:])
-            assert choose(n, k, dtype, weight_dtype, family, norm_after=norm_after) == config
+            traits = replace(H100, name=device)
+            assert choose(n, k, dtype, weight_dtype, traits, norm_after=norm_after) == config
+
+
+def test_a_device_goes_before_its_family(tmp_path, monkeypatch, no_tables):
+    monkeypatch.setattr(tuned_table, "FOLDER", tmp_path)
+    both, first, second = LinearConfig(64, 128), LinearConfig(32, 128), LinearConfig(128, 64)
+    sizes = [tune.Size(n, 4096, torch.bfloat16, torch.bfloat16, False, "") for n in (1024, 2048)]
+    for device, configs in ((H100.name, (both, first)), ("NVIDIA H200", (second,))):
+        found = [
+            tune.Tuned(size, config, 9.0, 9.0, 9.0, 8.0, 3) for size, config in zip(sizes, configs, strict=False)
+        ]
+        tune.write_table(found, tmp_path / tuned_table.file_name(device), {"device": device})
+    assert tuned_table.shipped("NVIDIA H200") == [H100.name, "NVIDIA H200"]
+    assert tuned_table.shipped("NVIDIA GH200 480GB") == [H100.name]
+    for name, expected in ((H100.name, (both, first)), ("NVIDIA H200", (second, first))):
+        chosen = [choose(n, 4096, torch.bfloat16, torch.bfloat16, replace(H100, name=name)) for n in (1024, 2048)]
+        assert tuple(chosen) == expected
 
 
 def load_run_tests():

@@ -2,8 +2,8 @@
 
 A file lies in `tuned/` beside this module, named after the device; the environment variable EAGLE_TUNED adds one of the
 user's own, which goes before it. A file holds ``{"device": name, "linear": [{"n", "k", "dtype", "weight_dtype",
-"norm_after", "config": {…}, measured times}, …]}`` and counts on the device it names. A device without a file of its own
-takes that of its family: GPUs of one architecture, which differ in memory and somewhat in multiprocessors.
+"norm_after", "config": {…}, measured times}, …]}`` and counts on the device it names. Sizes that a device has no entry for
+come from its family's file: GPUs of one architecture, which differ in memory and somewhat in multiprocessors.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DTYPES = {
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn)
 }
 FAMILIES = {r"\b(H100|H200|H800|GH200)\b": "NVIDIA H100 80GB HBM3"}
-"""Patterns of device names, and the device whose table serves them: Hopper's 132 (PCIe: 114) multiprocessors."""
+"""Patterns of device names, and the device whose table serves them too: Hopper's 132 (PCIe: 114) multiprocessors."""
 
 FIELDS = {
     "block_n": int,
@@ -50,11 +50,15 @@ def file_name(device_name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-") + ".json"
 
 
-def relative(device_name: str) -> str:
-    """The device whose shipped table serves this one: itself, or its family's where it has none."""
-    if (FOLDER / file_name(device_name)).exists():
-        return device_name
-    return next((name for pattern, name in FAMILIES.items() if re.search(pattern, device_name)), device_name)
+def shipped(device_name: str) -> list[str]:
+    """The devices whose shipped tables serve this one, the nearest last."""
+    return [name for name in _relatives(device_name) if (FOLDER / file_name(name)).exists()]
+
+
+def _relatives(device_name: str) -> list[str]:
+    """The device that stands for this one's family, and itself."""
+    family = [name for pattern, name in FAMILIES.items() if re.search(pattern, device_name)]
+    return list(dict.fromkeys([*family, device_name]))
 
 
 @cache
@@ -65,11 +69,11 @@ def tuned_linears(device_name: str) -> dict[Key, dict[str, int | bool]]:
     Raises InvalidInputError for a file that cannot be read as described, and for one that EAGLE_TUNED names and that is
     not there or was measured on another kind of GPU.
     """
-    shipped = relative(device_name)
-    path = FOLDER / file_name(shipped)
-    found = _entries(path, shipped) if path.exists() else {}
+    found: dict[Key, dict[str, int | bool]] = {}
+    for name in shipped(device_name):
+        found |= _entries(FOLDER / file_name(name), name)
     if own := os.environ.get(VARIABLE):
-        found |= _entries(Path(own), device_name, shipped)
+        found |= _entries(Path(own), device_name, *_relatives(device_name))
     return found
 
 
