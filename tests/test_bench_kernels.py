@@ -541,9 +541,7 @@ def test_a_device_goes_before_its_family(tmp_path, monkeypatch, no_tables):
     both, first, second = LinearConfig(64, 128), LinearConfig(32, 128), LinearConfig(128, 64)
     sizes = [tune.Size(n, 4096, torch.bfloat16, torch.bfloat16, False, "") for n in (1024, 2048)]
     for device, configs in ((H100.name, (both, first)), ("NVIDIA H200", (second,))):
-        found = [
-            tune.Tuned(size, config, 9.0, 9.0, 9.0, 8.0, 3) for size, config in zip(sizes, configs, strict=False)
-        ]
+        found = [tune.Tuned(size, config, 9.0, 9.0, 9.0, 8.0, 3) for size, config in zip(sizes, configs, strict=False)]
         tune.write_table(found, tmp_path / tuned_table.file_name(device), {"device": device})
     assert tuned_table.shipped("NVIDIA H200") == [H100.name, "NVIDIA H200"]
     assert tuned_table.shipped("NVIDIA GH200 480GB") == [H100.name]
