@@ -59,7 +59,7 @@ def equality(
         typer.Option(
             "--exact/--no-exact",
             help="Bit-equal rows whatever the batch and the tree; --no-exact: what is fastest. Default: exact, but for "
-            "plain decoding in batches by a target's own modules.",
+            "plain decoding by a target's own modules.",
         ),
     ] = None,
     fused: Annotated[
