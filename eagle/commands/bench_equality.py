@@ -15,6 +15,7 @@ from eagle.commands.options import (
     MODEL_DEFAULT,
     PAPER_TREE,
     TREE_DEFAULT,
+    TREE_METAVAR,
     DraftDtypeOption,
     DraftOption,
     Dtype,
@@ -43,7 +44,7 @@ def equality(
         list[str] | None,
         typer.Option(
             "--tree",
-            metavar="TOTAL,DEPTH,TOPK",
+            metavar=TREE_METAVAR,
             help=f"Repeatable; auto: the fastest here. Default: {PAPER_TREE}.",
         ),
     ] = None,

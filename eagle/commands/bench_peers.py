@@ -14,6 +14,7 @@ from eagle.commands.measuring import NO_GPU, aligned, check_counts, machine, pro
 from eagle.commands.options import (
     MODEL_DEFAULT,
     TREE_DEFAULT,
+    TREE_METAVAR,
     DraftOption,
     Dtype,
     DtypeOption,
@@ -46,7 +47,7 @@ PeerTreeOption = Annotated[
     str,
     typer.Option(
         "--tree",
-        metavar="TOTAL,DEPTH,TOPK",
+        metavar=TREE_METAVAR,
         help="This package's draft tree. auto, not measured here: 60,7,10 on a GPU, 8,4,2 on a CPU.",
     ),
 ]

@@ -22,6 +22,7 @@ from eagle.commands.measuring import (
 from eagle.commands.options import (
     MODEL_DEFAULT,
     TREE_DEFAULT,
+    TREE_METAVAR,
     DraftDtypeOption,
     DraftOption,
     Dtype,
@@ -44,9 +45,7 @@ def sweep(
     draft: DraftOption = None,
     trees: Annotated[
         list[str] | None,
-        typer.Option(
-            "--tree", metavar="TOTAL,DEPTH,TOPK", help="May be repeated. Default: eight, from 60,7,10 to 5,3,1."
-        ),
+        typer.Option("--tree", metavar=TREE_METAVAR, help="May be repeated. Default: eight, from 60,7,10 to 5,3,1."),
     ] = None,
     prefixes: Annotated[
         list[int] | None,

@@ -13,6 +13,7 @@ from eagle.commands.measuring import check_counts, dtype_name, headline, is_raw,
 from eagle.commands.options import (
     MODEL_DEFAULT,
     TREE_DEFAULT,
+    TREE_METAVAR,
     DraftOption,
     Dtype,
     Kernels,
@@ -38,9 +39,7 @@ def integration_test(
     draft: DraftOption = None,
     tree: Annotated[
         str,
-        typer.Option(
-            "--tree", metavar="TOTAL,DEPTH,TOPK", help="The draft tree. auto: 60,7,10 on a GPU, a small one else."
-        ),
+        typer.Option("--tree", metavar=TREE_METAVAR, help="The draft tree. auto: 60,7,10 on a GPU, a small one else."),
     ] = TREE_DEFAULT,
     dtype: Annotated[
         Dtype,

@@ -109,17 +109,7 @@ def soften(scores, top, total, scale):
 @gluon.jit
 def consume(
     part: gl.constexpr,
-    q,
-    out,
-    q_shared,
-    rings,
-    ready,
-    free,
-    head,
-    split,
-    first_row,
-    positions,
-    scale,
+    shared,
     HEADS: gl.constexpr,
     ROWS: gl.constexpr,
     N: gl.constexpr,
@@ -128,6 +118,7 @@ def consume(
     STAGES: gl.constexpr,
     MODE: gl.constexpr,
 ):
+    q, out, q_shared, rings, ready, free, head, split, first_row, positions, scale = shared
     k_ring, v_ring = rings
     k_ready, v_ready = ready
     k_free, v_free = free
@@ -231,60 +222,13 @@ def specialised_loop(
         mbarrier.init(v_free.index(i), count=2)
     fence_async_shared()
     rings, ready, free = (k_ring, v_ring), (k_ready, v_ready), (k_free, v_free)
+    shared = (q, out, q_shared, rings, ready, free, head, split, tile * TILE, positions, scale)
+    produced = ((k_copier, v_copier), rings, ready, free, head * positions, split * N, positions, SPLITS * N, STAGES)
     gl.warp_specialize(
         [
-            (
-                consume,
-                (
-                    0,
-                    q,
-                    out,
-                    q_shared,
-                    rings,
-                    ready,
-                    free,
-                    head,
-                    split,
-                    tile * TILE,
-                    positions,
-                    scale,
-                    HEADS,
-                    ROWS,
-                    N,
-                    SIZE,
-                    SPLITS * N,
-                    STAGES,
-                    MODE,
-                ),
-            ),
-            (
-                consume,
-                (
-                    1,
-                    q,
-                    out,
-                    q_shared,
-                    rings,
-                    ready,
-                    free,
-                    head,
-                    split,
-                    tile * TILE,
-                    positions,
-                    scale,
-                    HEADS,
-                    ROWS,
-                    N,
-                    SIZE,
-                    SPLITS * N,
-                    STAGES,
-                    MODE,
-                ),
-            ),
-            (
-                produce,
-                ((k_copier, v_copier), rings, ready, free, head * positions, split * N, positions, SPLITS * N, STAGES),
-            ),
+            (consume, (0, shared, HEADS, ROWS, N, SIZE, SPLITS * N, STAGES, MODE)),
+            (consume, (1, shared, HEADS, ROWS, N, SIZE, SPLITS * N, STAGES, MODE)),
+            (produce, produced),
         ],
         [4, 1],
         [232, 40],
