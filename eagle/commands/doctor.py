@@ -117,12 +117,9 @@ def run_report(ops: dict[str, dict[str, str]]) -> tuple[dict[str, str], list[dic
     except ValueError as error:
         problems.append(problem(str(error), f"unset {VARIABLE}, or name a table of 'eagle bench tune'", fatal=True))
         return {"step": step, "tuned": "none"}, problems
-    source = f"{os.environ[VARIABLE]} ({VARIABLE}) before " if os.environ.get(VARIABLE) else ""
-    tuned = (
-        f"{shapes} shapes: {source}{', '.join(reversed(shipped(hardware.name)))}"
-        if shapes
-        else "none: by rule ('eagle bench tune' makes one)"
-    )
+    own = [f"{os.environ[VARIABLE]} ({VARIABLE})"] if os.environ.get(VARIABLE) else []
+    sources = " before ".join([*own, *reversed(shipped(hardware.name))])
+    tuned = f"{shapes} shapes: {sources}" if shapes else "none: by rule ('eagle bench tune' makes one)"
     return {"step": step, "tuned": tuned}, problems
 
 

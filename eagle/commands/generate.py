@@ -118,7 +118,8 @@ def check_one_argument(prompt: str, more: list[str]) -> None:
     text = " ".join((prompt, *more))
     quoted = shlex.quote(text) if set(text) & set('"$`\\!') else f'"{text}"'
     raise InvalidInputError(
-        f"the prompt came as {len(more) + 1} arguments; several words need quotes around them: eagle generate {quoted}"
+        f"the prompt came as {len(more) + 1} arguments; several words need quotes around them: eagle generate "
+        f"{'-- ' * text.startswith('-')}{quoted}"
     )
 
 

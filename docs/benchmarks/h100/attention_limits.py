@@ -4,6 +4,8 @@
 
 240 rows a KV head (60 nodes of 4 heads), 8 KV heads of 128, bfloat16. Each line is one kernel that goes over all keys and
 values and does less or more with them; no edge, no mask, no merge of splits, no second launch, which attention has too.
+As in the package's kernel there are 8 splits and 2 tiles of 128 rows a head, so that each key is asked for twice (the second
+time it comes from the L2 cache); q is loaded and a state of 4 MB written. Rates count the 240 rows, not the 256 computed.
 The pipelined ones are written in Gluon: a warp that asks for tiles and two groups of four that take 64 rows each. Needs
 triton 3.6's Gluon (`triton.experimental`, which changes between releases), and nothing of the package.
 """
@@ -308,6 +310,8 @@ def microseconds(calls: list[Callable[[], None]]) -> float:
 
 
 def main() -> None:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        raise SystemExit("attention_limits.py needs a Hopper GPU (compute capability 9), for its warpgroup products")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}; microseconds")
     print(f"{'':50s}" + "".join(f"{n:>9,}" for n in PREFIXES) + "  TFLOP/s  error")
     sets = {n: [inputs(n) for _ in range(max(2, 300_000_000 // (4 * n * HEADS * SIZE)))] for n in PREFIXES}
