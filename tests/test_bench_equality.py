@@ -12,6 +12,7 @@ from tiny_folder import save_pair
 from eagle.bench import equality
 from eagle.bench.equality import compare, lengthened
 from eagle.cli import main
+from eagle.engine.settings import EngineSettings
 from eagle.model import triton_kernels
 from eagle.model.ops import TreeShape
 
@@ -68,11 +69,10 @@ def test_prompts_are_lengthened_in_front() -> None:
 )
 def test_the_command_records_how_exact_it_was(options, exact, said, tmp_path, capsys, monkeypatch) -> None:
     pair, out, asked = save_pair(tmp_path / "pair"), tmp_path / "found.json", []
-    optimize = triton_kernels.optimize_eagle_with_triton
 
     def seen(model, **given):
         asked.append(given["exact"])
-        return optimize(model, **given)
+        model.configure_engine(EngineSettings(exact=given["exact"]))
 
     monkeypatch.setattr(triton_kernels, "optimize_eagle_with_triton", seen)
     command = ["bench", "equality", "--model", str(pair), "--limit", "2", "-n", "4", "--tree", "8,2,3"]
@@ -86,6 +86,15 @@ def test_the_command_records_how_exact_it_was(options, exact, said, tmp_path, ca
     rows = json.loads(out.read_text())["results"]
     assert [(row["name"], row["batch"]) for row in rows] == [("plain", 1), ("8,2,3", 1), ("8,2,3", 2), ("plain", 2)]
     assert all(row["exact"] == exact and row["equal"] == 2 and row["step_ms"] > 0 for row in rows)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has the kernels that it asks for")
+def test_exactness_that_no_kernel_gives_is_refused_and_not_claimed(tmp_path, capsys) -> None:
+    command = ["bench", "equality", "--model", str(save_pair(tmp_path / "pair")), "--limit", "1", "-n", "2"]
+    assert main([*command, "--exact"]) == 2
+    assert "exact is True, which needs the attention kernel" in capsys.readouterr().err
+    assert main(command) == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith(", exact: off")
 
 
 @pytest.mark.parametrize("option", [("--batch", "0"), ("--batch", "-1"), ("--prefix", "-1")], ids=" ".join)

@@ -226,9 +226,13 @@ def test_exact_is_auto_where_kernels_serve_and_as_loaded_elsewhere(model):
     for exact in (True, False):
         optimize_eagle_with_triton(model, kernels="triton", exact=exact)
         assert model.engine.exact is exact
-    if DEVICE == "cpu":
-        optimize_eagle_with_triton(model, kernels="torch")
+    for others in ({"kernels": "torch"}, {"kernels": "triton", "overrides": {"attention": "torch"}}):
+        optimize_eagle_with_triton(model, **others)
         assert model.engine.exact is False
+        before = model.engine, model.ops
+        with pytest.raises(InvalidInputError, match="exact is True, which needs the attention kernel"):
+            optimize_eagle_with_triton(model, **others, exact=True)
+        assert (model.engine, model.ops) == before
     with pytest.raises(InvalidInputError, match="exact is 'yes'; expected True, False or 'auto'"):
         optimize_eagle_with_triton(model, exact="yes")
 

@@ -31,6 +31,7 @@ from eagle.model.triton_kernels.linear_config import (
     device_traits,
     fits,
     rule,
+    tall,
 )
 from eagle.model.triton_kernels.quantize import dequantize_weight, pack_gate_up, pack_rows, quantize_weight
 
@@ -50,6 +51,7 @@ CONFIGS = {
     "more-splits-than-steps": LinearConfig(64, 64, split_k=8),
     "swap": LinearConfig(64, 32, swap=True),
     "swap-split": LinearConfig(64, 32, split_k=2, swap=True),
+    "tall": LinearConfig(64, 32, split_k=2, block_m=128),
 }
 BY_CONFIG = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
@@ -258,8 +260,8 @@ def test_a_choice_yields_where_the_copy_engine_cannot_read(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("swap", [False, True])
 @pytest.mark.parametrize("kind", ONE_BYTE, ids=["int8", "fp8"])
-def test_every_value_of_a_byte_is_exact(kind: torch.dtype, swap: bool) -> None:
-    dtype = torch.bfloat16 if HAS_GPU else torch.float16
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=NEEDS_GPU)], ids=str)
+def test_every_value_of_a_byte_is_exact(kind: torch.dtype, dtype: torch.dtype, swap: bool) -> None:
     codes = torch.arange(-128, 128, device=DEVICE).to(torch.int8)
     if kind == torch.float8_e4m3fn:
         codes[[127, 255]] = 0  # NaN otherwise
@@ -385,6 +387,67 @@ def test_model_sizes_and_every_number_of_rows(shape: tuple[int, int], weight_dty
     assert relative_error(out, product(x, wide)) < BOUND[dtype]
     for m in range(1, 64, 1 if n * k < 1 << 24 else 9):
         assert torch.equal(linear(x[-m:], weight, scale=scale), out[-m:])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float16, torch.bfloat16, *ONE_BYTE], ids=str)
+@pytest.mark.parametrize("shape", EIGHT_B[:4] + SMALL[:4] + [(2048, 8192), (3072, 3072)], ids=str)
+def test_the_rows_of_many_trees_are_those_of_one(shape: tuple[int, int], weight_dtype: torch.dtype) -> None:
+    """Other tiles serve them; again and again, since a race shows in few launches."""
+    n, k = shape
+    dtype = weight_dtype if weight_dtype not in ONE_BYTE else torch.bfloat16
+    x, weight, scale = normal(480, k, dtype=dtype), weight_like(n, k, dtype), None
+    if weight_dtype in ONE_BYTE:
+        weight, scale = quantize_weight(weight, weight_dtype)
+    residual, gain = normal(480, n, dtype=dtype), normal(n, dtype=dtype)
+
+    def results(start: int, stop: int) -> list[torch.Tensor]:
+        rows = x[start:stop]
+        return [
+            linear(rows, weight, scale=scale),
+            gate_up_swiglu(rows, weight, scale=scale),
+            *linear_add_rms_norm(rows, weight, residual[start:stop], gain, EPS, scale=scale),
+        ]
+
+    apart = [torch.cat(parts) for parts in zip(*(results(at, at + 60) for at in range(0, 480, 60)), strict=True)]
+    for m in (65, 128, 240, 300, 480):
+        for _ in range(10):
+            for together, expected in zip(results(0, m), apart, strict=True):
+                assert torch.equal(together, expected[:m])
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float16, torch.bfloat16, *ONE_BYTE, torch.float32], ids=str)
+@given(m=st.integers(1, 2000), n=st.integers(1, 4000), k=st.integers(1, 1000))
+@settings(max_examples=200, deadline=None)
+def test_taller_tiles_keep_the_parts_of_k(weight_dtype: torch.dtype, m: int, n: int, k: int) -> None:
+    dtype = weight_dtype if weight_dtype not in ONE_BYTE else torch.bfloat16
+    n, k = 16 * n, 16 * k
+    config = choose(n, k, dtype, weight_dtype, H100)
+    found = tall(config, m, n, k, dtype, weight_dtype, H100)
+    assert (found.split_k, found.swap) == (config.split_k, config.swap)
+    assert found.split_k == 1 or found.part_of_k(k) == config.part_of_k(k)
+    assert fits(found, dtype, weight_dtype, H100)
+    assert m > BLOCK_M or found == config
+    if found != config:
+        assert dtype != torch.float32
+        assert -(-m // found.block_m) * found.block_m < m + 128
+
+
+def test_taller_tiles_where_they_were_timed() -> None:
+    def tile(m: int, n: int, k: int, weight_dtype: torch.dtype = torch.bfloat16) -> tuple[int, int]:
+        config = choose(n, k, torch.bfloat16, weight_dtype, H100)
+        found = tall(config, m, n, k, torch.bfloat16, weight_dtype, H100)
+        return found.block_m, found.block_n
+
+    assert [tile(240, n, k) for n, k in EIGHT_B[:4]] == [(128, 128), (128, 64), (256, 128), (128, 64)]
+    assert [tile(480, n, k) for n, k in EIGHT_B[:4]] == [(256, 128), (128, 128), (256, 128), (128, 128)]
+    assert [tile(240, n, k, torch.int8) for n, k in EIGHT_B[:4]] == [(128, 64), (128, 64), (256, 64), (128, 64)]
+    assert tile(120, 960, 576)[0] == BLOCK_M
+    assert tile(60, 28672, 4096)[0] == BLOCK_M
+    ampere = DeviceTraits("NVIDIA A100-SXM4-80GB", (8, 0), 108, 166912)
+    config = choose(28672, 4096, torch.bfloat16, torch.bfloat16, ampere)
+    assert tall(config, 240, 28672, 4096, torch.bfloat16, torch.bfloat16, ampere) == config
 
 
 @pytest.mark.gpu

@@ -31,7 +31,7 @@ from eagle.commands.options import (
 from eagle.commands.outputs import check_out, writing
 from eagle.commands.reply import encode_prompt, has_template
 
-EXACT = {None: "auto", True: "on", False: "off"}
+EXACT = {"auto": "auto", True: "on", False: "off"}
 
 
 def equality(
@@ -60,7 +60,7 @@ def equality(
         typer.Option(
             "--exact/--no-exact",
             help="Bit-equal rows whatever the batch and the tree; --no-exact: what is fastest. Default: exact, but for "
-            "plain decoding by a target's own modules.",
+            "plain decoding and small trees by a target's own modules.",
         ),
     ] = None,
     fused: Annotated[
@@ -86,7 +86,6 @@ def equality(
     settings = {
         "model": model,
         "prefix": prefix,
-        "exact": exactness,
         "fused": fused,
         "draft_dtype": draft_dtype.value,
         "target_dtype": target_dtype.value,
@@ -107,7 +106,7 @@ def equality(
             draft_dtype=draft_dtype.setting,
             target_dtype=target_dtype.setting,
         )
-        print(f"{headline(model, loaded, tree=False)}, exact: {EXACT[exact]}", flush=True)
+        print(f"{headline(model, loaded, tree=False)}, exact: {EXACT[loaded.engine.exact]}", flush=True)
         tokenizer, raw = loaded.get_tokenizer(), not has_template(loaded.get_tokenizer())
         ids = [encode_prompt(tokenizer, prompt.text, raw=raw) for prompt in chosen]
         if prefix:
@@ -122,7 +121,7 @@ def equality(
         ]
         results = compare(loaded, ids, max_new_tokens, shapes, batch or [1], told=lambda row: print(row, flush=True))
         name = str(loaded.target.feature_dtype).removeprefix("torch.")
-        found += [settings | {"dtype": name} | result.to_json() for result in results]
+        found += [settings | {"exact": loaded.engine.exact, "dtype": name} | result.to_json() for result in results]
         origin = provenance(loaded.device) | {"clocks": clocks(loaded.device)}
         del loaded
         gc.collect()  # fused weights lie in cycles, and the next dtype's model needs the memory

@@ -22,6 +22,12 @@ from eagle.model.ops import Sampling, TreeShape
 from eagle.model.target import Target
 from eagle.model.triton_kernels.dispatch import decoding_ops, products_by_kernel
 
+AUTO_ROWS = 48
+"""Rows a pass may be given in addition for ``exact="auto"``, which is to cost at most a tenth of a step: 4 for a tree of 60
+nodes cost up to 0.4 %, 16 for four of them 1.8 %, 48 for one of 16 nodes 5 to 6 %; 59 for a chain 9 to 11 %, 63 for plain
+decoding 14 to 16 %, 192 for four trees of 16 nodes 8 to 23 % (the 8B shape and SmolLM2-135M by their own modules, H100,
+bfloat16)."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -90,12 +96,14 @@ class Session:
     def pads_rows(self, call: Call) -> bool:
         """Whether a call's target passes are padded to whole tiles, so that a library's products keep each row's bits.
 
-        Where it costs more than a tenth of a step, only ``exact=True`` asks for it: plain decoding pays 14 to 16 % alone
-        and 19 to 38 % for four prompts, a speculative step of 60 nodes at most 2 % (SmolLM2-135M and the 8B shape
-        by their own modules, H100, bfloat16).
+        ``exact="auto"`` pads where at most `AUTO_ROWS` are added.
         """
-        wanted = self.settings.exact is True or (self.settings.exact == "auto" and call.speculative)
-        return wanted and self._library_products
+        if not self._library_products:
+            return False
+        if self.settings.exact == "auto":
+            nodes = call.shape.total_token if call.speculative else 1
+            return len(call.prompts) * (-nodes % ROW_TILE) <= AUTO_ROWS
+        return self.settings.exact
 
     @property
     def _library_products(self) -> bool:
@@ -129,7 +137,7 @@ class Session:
         if self.settings.exact and self._library_products:
             reason += f"; exact: every pass in whole tiles of {ROW_TILE} rows"
             if self.settings.exact == "auto":
-                reason += ", but plain decoding's"
+                reason += f" that adds at most {AUTO_ROWS}"
         return engine, reason
 
     def _why_eager(self) -> str | None:

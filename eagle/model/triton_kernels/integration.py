@@ -49,9 +49,10 @@ def optimize_eagle_with_triton(
     serves now.
 
     Raises TypeError for something that is no EaModel, InvalidInputError for a name that does not exist, for "triton"
-    where no kernel can run, for "flash" where FlashAttention can't serve and while a generation of this thread is open
-    (another thread's is waited for), UnsupportedModelError for ``fused="on"`` or a target_dtype where the target can't be
-    fused, and OutOfMemoryError where there is no room for packing. The model is then as it was.
+    where no kernel can run, for ``exact=True`` where none serves attention, for "flash" where FlashAttention can't serve
+    and while a generation of this thread is open (another thread's is waited for), UnsupportedModelError for
+    ``fused="on"`` or a target_dtype where the target can't be fused, and OutOfMemoryError where there is no room for
+    packing. The model is then as it was.
     """
     _check_model(model, "optimize_eagle_with_triton")
     settings = EngineSettings(engine, fused, exact, draft_dtype, target_dtype)
@@ -128,6 +129,13 @@ def plan_for(model: EaModel, kernels: str | None = None, overrides: Mapping[str,
 def _settled(settings: EngineSettings, model: EaModel, ops: Ops) -> EngineSettings:
     """The settings in force: on a CPU, and where no kernel serves, "auto" means as the model was loaded."""
     triton = any(isinstance(getattr(ops, op), Served) for op in OPS)
+    if not isinstance(ops.attention, Served):
+        if settings.exact is True:
+            raise InvalidInputError(
+                f"exact is True, which needs the attention kernel, but no kernel serves attention ({model.device.type}); "
+                "use 'auto', or let the kernels serve"
+            )
+        settings = replace(settings, exact=False)
     if triton and model.device.type == "cuda":
         return settings
     plain = EngineSettings()
@@ -135,8 +143,7 @@ def _settled(settings: EngineSettings, model: EaModel, ops: Ops) -> EngineSettin
         raise InvalidInputError(f"engine is 'captured', which needs a CUDA device, not {model.device.type}; use 'auto'")
     engine = plain.engine if settings.engine == "auto" else settings.engine
     fused = plain.fused if settings.fused == "auto" and settings.target_dtype is None else settings.fused
-    exact = settings.exact if triton or engine != plain.engine else plain.exact
-    return replace(settings, engine=engine, fused=fused, exact=exact)
+    return replace(settings, engine=engine, fused=fused)
 
 
 def _check_flash(plan: Plan, model: EaModel) -> None:

@@ -32,7 +32,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from eagle.model.triton_kernels import norm
 from eagle.model.triton_kernels.descriptor import aligned, rows_descriptor
-from eagle.model.triton_kernels.linear_config import BLOCK_M, LinearConfig, choose, device_traits
+from eagle.model.triton_kernels.linear_config import BLOCK_M, LinearConfig, choose, device_traits, tall
 from eagle.model.triton_kernels.linear_kernels import add_norm_kernel, product_kernel, reduce_kernel
 from eagle.model.triton_kernels.overlap import overlaps
 from eagle.model.triton_kernels.quantize import FP8_CAPABILITY, LARGEST
@@ -67,7 +67,7 @@ def linear(
     x: [..., K]; weight: [N, K]; bias, scale: [N]; residual: [..., N]; norm_weight: [K]. Returns [..., N]. ``config``
     overrides the choice by size. Raises ValueError for what the module's contract excludes.
     """
-    config, n = _config(x, weight, config), weight.shape[0]
+    config, n = _config(x, weight, config, norm_before=norm_weight is not None), weight.shape[0]
     if residual is not None:
         check_like(residual, "residual", x, (*x.shape[:-1], n), x.dtype)
     out = x.new_empty((*x.shape[:-1], n))
@@ -89,7 +89,7 @@ def gate_up_swiglu(
 
     x: [..., K]. Returns [..., I]. The rest is as in `linear`.
     """
-    config = _config(x, weight, config)
+    config = _config(x, weight, config, norm_before=norm_weight is not None)
     if weight.shape[0] % 2:
         raise ValueError(f"weight is {tuple(weight.shape)}; expected [2 I, K], rows of gate and up in turn")
     out = x.new_empty((*x.shape[:-1], weight.shape[0] // 2))
@@ -144,16 +144,24 @@ def linear_add_rms_norm(
 
 
 def _config(
-    x: torch.Tensor, weight: torch.Tensor, config: LinearConfig | None, *, norm_after: bool = False
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    config: LinearConfig | None,
+    *,
+    norm_before: bool = False,
+    norm_after: bool = False,
 ) -> LinearConfig:
     if weight.dim() != 2 or x.dim() == 0 or weight.shape[1] != x.shape[-1] or 0 in weight.shape:
         raise ValueError(f"x is {tuple(x.shape)} and weight {tuple(weight.shape)}; expected [..., K] and [N, K]")
     if config is not None:
         return config
-    chosen = choose(*weight.shape, x.dtype, weight.dtype, device_traits(x.device), norm_after=norm_after)
-    if chosen.tma and not (all(aligned(rows, rows.stride(0)) for rows in (weight, as_rows(x, "x")))):
-        chosen = replace(chosen, tma=False)  # the same sums, by ordinary loads
-    return chosen
+    device, rows = device_traits(x.device), as_rows(x, "x")
+    chosen = choose(*weight.shape, x.dtype, weight.dtype, device, norm_after=norm_after)
+    if not all(aligned(tensor, tensor.stride(0)) for tensor in (weight, rows)):
+        return replace(chosen, tma=False)  # the same sums, by ordinary loads
+    if rows.shape[0] <= BLOCK_M or norm_before:
+        return chosen
+    return tall(chosen, rows.shape[0], *weight.shape, x.dtype, weight.dtype, device)
 
 
 def _check(
@@ -221,7 +229,7 @@ def _run(
     partial = x.new_empty((split_k, m, n), dtype=torch.float32) if split_k > 1 or parts_only else None
     # With the weight on the left of the dot a sum's order does not follow the tile's width. That of a norm's squares may.
     low = norm_weight is None and config.swap and weight.element_size() != 2
-    block_m = FEW_ROWS if low and m <= FEW_ROWS else BLOCK_M
+    block_m = FEW_ROWS if low and m <= FEW_ROWS else config.block_m
     grid = (triton.cdiv(m, block_m), triton.cdiv(n, config.block_n), split_k)
     hopper = overlaps(x)
     with torch.cuda.device_of(x):

@@ -11,7 +11,7 @@ import triton.language as tl
 from eagle.model.triton_kernels.mlp import silu_mul
 from eagle.model.triton_kernels.norm import normalise
 from eagle.model.triton_kernels.precision import FLOAT32_DOTS
-from eagle.model.triton_kernels.widen import widen
+from eagle.model.triton_kernels.widen import finished, widen
 
 LINE = tl.constexpr(128)
 """Bytes of a line of the cache."""
@@ -165,6 +165,7 @@ def product_kernel(
         right = widen(right, left.dtype, HOPPER)
         if SWAP:
             total = tl.dot(right, tl.trans(left), total, input_precision=FLOAT32_DOTS)
+            total = finished(total, HOPPER)
         else:
             total = tl.dot(left, tl.trans(right), total, input_precision=FLOAT32_DOTS)
 
