@@ -150,6 +150,20 @@ def test_exact_calls_take_the_ops_for_any_number_of_rows(exact, batches, monkeyp
     assert len(asked) == batches
 
 
+@pytest.mark.parametrize(("exact", "kept"), [("auto", [4]), (True, [4, 5]), (False, [])])
+def test_a_large_targets_products_of_many_rows_are_the_librarys(exact, kept, monkeypatch) -> None:
+    eagle, asked = tiny_eagle(60, 3, 8), []
+    monkeypatch.setattr(session, "decoding_ops", lambda ops: (asked.append(ops), ops)[1])
+    monkeypatch.setattr(session, "AUTO_PRODUCT_WIDTH", 0)
+    eagle.configure_engine(EngineSettings(exact=exact))
+    found = []
+    for batch in (4, 5):
+        eagle.generate(prompts(*[5] * batch)[0], max_new_tokens=3)
+        found += [batch] * len(asked)
+        asked.clear()
+    assert found == kept
+
+
 def test_the_report_tells_what_is_padded() -> None:
     eagle = tiny_eagle(12, 2, 4)
     said = {}

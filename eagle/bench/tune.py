@@ -79,13 +79,15 @@ class Tuned:
     def entry(self) -> dict[str, Any]:
         """The table's entry."""
         dtype, weight_dtype = self.size.names
+        config = asdict(self.config)
+        del config["block_m"]  # `linear_config.tall` chooses it by the number of rows
         return {
             "n": self.size.n,
             "k": self.size.k,
             "dtype": dtype,
             "weight_dtype": weight_dtype,
             "norm_after": self.size.norm_after,
-            "config": asdict(self.config),
+            "config": config,
             "us": round(self.us, 2),
             "rule_us": round(self.rule_us, 2),
             "blas_us": round(self.blas_us, 2),

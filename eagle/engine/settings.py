@@ -21,10 +21,10 @@ class EngineSettings:
     CUDA device and says in `EaModel.kernel_report` where a model can't be. ``fused``: "on" runs a Llama-like target's
     layers and the head through the fused ops instead of module by module, "auto" does where it can. ``exact``: greedy
     output equals plain decoding's bit for bit, also where a library computes the target's matrix products, in passes
-    padded to whole tiles of rows (`Session.pads_rows`); "auto" leaves out those that padding would make more than a tenth
-    slower: plain decoding's and small trees'. ``draft_dtype``: keep the head's weights in one byte a value; the output can't
-    change, only what is proposed. ``target_dtype``: the same for a fused target's products, weights rounded by output
-    channel; the output is then the rounded model's.
+    padded to whole tiles of rows (`Session.pads_rows`); "auto" leaves out what would take more than a tenth
+    longer: padding plain decoding and small trees, and a large target's products of more than 256 rows. ``draft_dtype``:
+    keep the head's weights in one byte a value; the output can't change, only what is proposed. ``target_dtype``: the
+    same for a fused target's products, weights rounded by output channel; the output is then the rounded model's.
     """
 
     engine: str = "eager"
