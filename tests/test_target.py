@@ -22,6 +22,7 @@ from transformers import (
     MixtralConfig,
     Phi3Config,
     PhiConfig,
+    PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
 )
@@ -29,6 +30,7 @@ from transformers import (
 from eagle.errors import UnsupportedModelError
 from eagle.model.ea_model import EaModel
 from eagle.model.target import Target
+from eagle.model.target_support import cache_argument, check_config
 from eagle.model.torch_ops import TORCH_OPS
 
 IDS = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": None}
@@ -180,3 +182,24 @@ def test_longrope_is_used_up_to_its_original_context() -> None:
     assert eagle.target.context_length == 32
     ids = torch.randint(29, (1, 20))
     assert torch.equal(eagle.generate(ids, max_new_tokens=40), own_greedy(model, ids, 12))
+
+
+class TakesCache:
+    def forward(self, input_ids=None, position_ids=None, cache=None, logits_to_keep=0): ...
+
+
+class TakesPastKeyValues:
+    def forward(self, input_ids=None, position_ids=None, past_key_values=None, logits_to_keep=0): ...
+
+
+class TakesNone:
+    def forward(self, input_ids=None, position_ids=None, logits_to_keep=0): ...
+
+
+def test_a_forward_may_take_its_cache_by_either_name() -> None:
+    config = PretrainedConfig()
+    for model, name in [(TakesCache(), "cache"), (TakesPastKeyValues(), "past_key_values")]:
+        check_config(model, config)
+        assert cache_argument(model) == name
+    with pytest.raises(UnsupportedModelError, match=r"TakesNone.forward takes no 'cache'"):
+        check_config(TakesNone(), config)

@@ -1,4 +1,4 @@
-"""Which targets the fused route takes, and the words for those it does not. Checked against transformers 5.17 and 5.23.
+"""Which targets the fused route takes, and the words for those it does not. Checked with transformers 5.17, 5.23 and 5.24.
 
 The route computes what four of transformers' classes compute. A model that is not exactly one of them, or that somebody
 has changed, keeps the general route.

@@ -1,4 +1,4 @@
-"""The seams to transformers: our attention function and our cache layers. Checked against transformers 5.17 and 5.23.
+"""The seams to transformers: our attention function and our cache layers. Checked against transformers 5.17, 5.23 and 5.24.
 
 An attention function registered without a mask function gets no mask, so the tree mask is ours. Cache layers derive from
 `CacheLayerMixin` and write at device-side lengths. What both need to know of the forward under way lies in a context

@@ -20,7 +20,13 @@ from eagle.model.draft_config import TargetSpec
 from eagle.model.hf_seams import ForwardContext, ProbeLayer, TreeCacheLayer, serving
 from eagle.model.kv_cache import KVCache, LayerShape
 from eagle.model.ops import Ops
-from eagle.model.target_support import check_attention_call, check_config, context_length, decoder_layers
+from eagle.model.target_support import (
+    cache_argument,
+    check_attention_call,
+    check_config,
+    context_length,
+    decoder_layers,
+)
 
 if TYPE_CHECKING:
     from eagle.model.fused_target import FusedTarget
@@ -37,6 +43,7 @@ class Target:
         self.model, self.ops, self.aux_layers = model, ops, aux_layers
         self.config = model.config.get_text_config(decoder=True)
         check_config(model, self.config)
+        self._cache_argument = cache_argument(model)
         self.device = model.get_input_embeddings().weight.device
         self.layers = decoder_layers(model, self.config.num_hidden_layers)
         self.context_length = context_length(self.config)
@@ -97,9 +104,9 @@ class Target:
             logits = self.model(
                 input_ids=tokens,
                 position_ids=positions,
-                past_key_values=cache.view,
                 use_cache=True,
                 logits_to_keep=logits_to_keep,
+                **{self._cache_argument: cache.view},
             ).logits
         keys = self.aux_layers or (-1,)
         features = torch.cat([taps[key].to(self.device) for key in keys], dim=-1)
@@ -131,9 +138,8 @@ class Target:
         context = ForwardContext(self.ops, zero, None, 1, calls=[])
         try:
             with serving(self.model, self.config, context):
-                logits = self.model(
-                    input_ids=token, position_ids=token, past_key_values=Cache(layers=layers), use_cache=True
-                ).logits
+                cache = {self._cache_argument: Cache(layers=layers)}
+                logits = self.model(input_ids=token, position_ids=token, use_cache=True, **cache).logits
         except (TypeError, AttributeError, LookupError, NotImplementedError, ValueError) as error:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} does not run with a custom attention and cache ({error}); use a model "

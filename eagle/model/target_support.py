@@ -12,6 +12,8 @@ from eagle.errors import UnsupportedModelError
 
 UNBOUNDED_CONTEXT = 1 << 20
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+CACHE_ARGUMENTS = ("cache", "past_key_values")
+"""A forward's parameter for the cache: from transformers 5.24 on, and before."""
 
 
 def check_config(model: PreTrainedModel, config: PretrainedConfig) -> None:
@@ -28,11 +30,17 @@ def check_config(model: PreTrainedModel, config: PretrainedConfig) -> None:
     if getattr(config, "attention_chunk_size", None):
         raise UnsupportedModelError(f"{name} uses chunked attention, which has no tree form here: use another target")
     parameters = inspect.signature(model.forward).parameters
-    for wanted in ("position_ids", "past_key_values", "logits_to_keep"):
-        if wanted not in parameters:
+    for wanted in (("position_ids",), CACHE_ARGUMENTS, ("logits_to_keep",)):
+        if not any(argument in parameters for argument in wanted):
             raise UnsupportedModelError(
-                f"{name}.forward takes no {wanted!r}, which a tree pass needs: use a model whose transformers class does"
+                f"{name}.forward takes no {wanted[0]!r}, which a tree pass needs: use a model whose transformers class does"
             )
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """The name by which the model's forward takes a cache. `check_config` has seen that it has one."""
+    parameters = inspect.signature(model.forward).parameters
+    return next(argument for argument in CACHE_ARGUMENTS if argument in parameters)
 
 
 def check_attention_call(model: PreTrainedModel, config: PretrainedConfig, calls: list[dict[str, Any]]) -> None:
