@@ -77,7 +77,7 @@ def sweep(
         check_flags(tree, kernels, 1)
         if parse_tree(tree)[0] == -1:
             raise InvalidInputError(
-                f"--tree is {tree}; a sweep measures sizes, so give a number of nodes in place of -1"
+                f"--tree is {tree}; a sweep measures trees you name: TOTAL,DEPTH,TOPK, as in 60,7,10"
             )
     check_flags(TREE_DEFAULT, kernels, 1)
     loaded = open_for_bench(model, draft, TREE_DEFAULT, dtype)
