@@ -259,12 +259,25 @@ def test_batches_and_settings_that_take_turns_are_captured_once(monkeypatch) -> 
             eagle.generate(prompts(*[5] * batch)[0], max_new_tokens=3)
         for tenths in range(5, 14):
             eagle.generate(prompts(5)[0], max_new_tokens=3, temperature=tenths / 10, seed=1)
+            eagle.generate(prompts(5)[0], max_new_tokens=3, temperature=1, top_k=tenths - 2, seed=1)
 
     cycle()
-    assert made.count("StaticStep") == 4 + 9  # for batches of 1, 2, 4 and 8 rows; for each temperature
+    assert made.count("StaticStep") == 4 + 2  # for batches of 1, 2, 4 and 8 rows; drawn, with top-k and without
     made.clear()
     cycle()
     assert not made
+
+
+def test_one_step_serves_every_temperature(eagle, monkeypatch) -> None:
+    ids = prompts(7)[0]
+    settings = [(0.6, 0.9, 0), (1.4, 0.5, 0), (0.9, 0.99, 0), (0.6, 0.9, 0)]
+    rules = [dict(zip(("temperature", "top_p", "top_k"), each, strict=True)) for each in settings]
+    wanted = [eagle.generate(ids, max_new_tokens=20, seed=3, **rule) for rule in rules]
+    assert not torch.equal(wanted[0], wanted[1])
+    static(monkeypatch, eagle)
+    for rule, tokens in zip(rules, wanted, strict=True):
+        assert torch.equal(eagle.generate(ids, max_new_tokens=20, seed=3, **rule), tokens)
+    assert len(eagle._session.captures.steps()) == 1
 
 
 def test_a_step_that_can_not_be_captured_runs_without_idle_rows(eagle, monkeypatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -203,6 +204,34 @@ def test_a_sampled_walk(rule: Sampling) -> None:
         assert torch.equal(out.tokens[b, :count].cpu(), wanted.tokens[b, :count])
 
 
+@pytest.mark.parametrize("rule", [rule for rule in RULES if not rule.greedy], ids=str)
+def test_numbers_on_the_device_go_before_the_fields(rule: Sampling) -> None:
+    """One object serves all settings of its kind, also in the PyTorch op."""
+    generator = torch.Generator().manual_seed(2)
+    tree = random_tree(2, 8, 90, generator)
+    logits = torch.randn(2, 8, 90, generator=generator).to(DEVICE)
+    uniforms = torch.rand(2, 8, generator=generator).to(DEVICE)
+    held = rule.on(logits.device)
+    for temperature in (0.4, 1.7):
+        other = replace(rule, temperature=temperature)
+        other = replace(other, top_p=0.6) if other.cuts_share else other
+        other = replace(other, top_k=2) if other.cuts_rank(90) else other
+        assert other.kind(90) == held.kind(90)
+        held.held.copy_(torch.tensor(other.numbers))
+        for op in (evaluate_posterior, verify.evaluate_posterior):
+            out, wanted = (op(logits, tree, 8, each, uniforms) for each in (held, other))
+            for name, value in vars(wanted).items():
+                assert torch.equal(getattr(out, name), value), (name, op.__module__)
+
+
+def test_kinds() -> None:
+    assert Sampling().kind(50) == Sampling(top_k=5).kind(50) == ("greedy",)
+    assert Sampling(0.5, 1.0, 50).kind(50) == Sampling(2.0).kind(50) == ("drawn",)
+    assert Sampling(1.0, 0.9, 5).kind(50) == ("drawn", "top_k", "top_p")
+    assert Sampling(1.0, 0.9, 5, top_k_first=False).kind(50) == ("drawn", "top_p", "top_k")
+    assert Sampling(1.0, 0.9).kind(50) == Sampling(1.0, 0.9, top_k_first=False).kind(50)
+
+
 def test_a_seed_gives_each_position_one_uniform() -> None:
     seeds = torch.tensor([3, 2**40 + 5, 3], device=DEVICE)
     offsets = torch.tensor([0, 7, 4], device=DEVICE)
@@ -240,6 +269,9 @@ def test_bad_logits(monkeypatch: pytest.MonkeyPatch) -> None:
         evaluate_posterior(logits, tree, 3, Sampling(1.0))
     with pytest.raises(ValueError, match=r"uniforms is \(2, 2\)"):
         evaluate_posterior(logits, tree, 3, Sampling(1.0), torch.rand(2, 2, device=DEVICE))
+    wrong = replace(Sampling(1.0), held=torch.ones(3, device=DEVICE))
+    with pytest.raises(ValueError, match=r"sampling.held is \(3,\)"):
+        evaluate_posterior(logits, tree, 3, wrong, torch.rand(2, 3, device=DEVICE))
     with pytest.raises(ValueError, match=r"tree.tokens is \(2, 4\)"):
         evaluate_posterior(logits[:, :3].contiguous(), tree, 3, Sampling())
     with pytest.raises(ValueError, match="rows at one stride"):
@@ -415,11 +447,14 @@ def test_captured(rule: Sampling) -> None:
     tree = random_tree(1, 60, 32000, generator)
     logits = torch.randn(1, 60, 32000, device="cuda", dtype=torch.bfloat16)
     seeds, offsets = torch.tensor([1], device="cuda"), torch.tensor([0], device="cuda")
-    evaluate_posterior_seeded(logits, tree, 60, rule, seeds, offsets)
+    held = rule.on(logits.device)
+    evaluate_posterior_seeded(logits, tree, 60, held, seeds, offsets)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = evaluate_posterior_seeded(logits, tree, 60, rule, seeds, offsets)
-    for _ in range(2):
+        out = evaluate_posterior_seeded(logits, tree, 60, held, seeds, offsets)
+    for temperature in (rule.temperature, 1.3 * rule.temperature):
+        rule = replace(rule, temperature=temperature)
+        held.held.copy_(torch.tensor(rule.numbers))
         logits.normal_()
         favour_the_tree(logits, tree, generator)
         offsets += 3

@@ -16,8 +16,7 @@ from eagle.errors import UnsupportedModelError
 
 MOST_STEPS = 32
 MOST_CHUNKS = 24
-"""Captures kept; the one unused longest goes first. Temperature, top-p and top-k are fixed in a captured step, so that a
-server's settings take one each. A chunk has five sizes, each with and without the head."""
+"""Captures kept; the one unused longest goes first. A chunk has five sizes, each with and without the head."""
 
 Told = Callable[[str], None]
 Key = TypeVar("Key", bound=Hashable)

@@ -2,7 +2,7 @@
 
 Everything a step reads or writes lies in buffers that stay: caches, decode state, end tokens, uniform numbers. Lengths
 are read on the device and the cache's full size bounds the grids, so one capture serves every length. What a call
-brings (prompt state, end tokens, uniforms) is copied in before its first replay.
+brings (prompt state, end tokens, uniforms, sampling's numbers) is copied in before its first replay.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from eagle.engine.state import Run, StaticState, slots_beyond
 from eagle.engine.step import step
-from eagle.model.ops import DecodeState, Ops, Sampling, TreeShape
+from eagle.model.ops import DecodeState, Ops, TreeShape
 
 WARM_UPS = 2
 """Passes before the capture: the first compiles kernels and makes library handles, the second finds nothing left to
@@ -73,7 +73,7 @@ class StepKey:
     caches: int  # identity
     draft: int  # identity, 0 without
     ops: Ops
-    sampling: Sampling
+    sampling: tuple[str, ...]  # its kind; the numbers are read on the device
     shape: TreeShape | None  # None where a plain step does not depend on it
     pad_rows: bool
     end_tokens: int
@@ -85,7 +85,7 @@ class StepKey:
             caches=id(run.caches),
             draft=0 if run.draft is None else id(run.draft),
             ops=run.ops,
-            sampling=run.sampling,
+            sampling=run.sampling.kind(run.target.spec.vocab_size),
             shape=None if run.draft is None and not run.pad_rows else run.shape,
             pad_rows=run.pad_rows,
             end_tokens=room_for_end_tokens(run.eos),
@@ -112,7 +112,8 @@ class StaticStep:
             uniforms = None
             if run.uniforms is not None:
                 uniforms = torch.zeros(batch, run.caches.slots + run.path, dtype=run.uniforms.dtype, device=device)
-            self.run = replace(run, eos=eos, uniforms=uniforms)
+            sampling = run.sampling if run.sampling.greedy else run.sampling.on(device)
+            self.run = replace(run, eos=eos, uniforms=uniforms, sampling=sampling)
             self.static = StaticState.like(self._idle_state())
             report = self.static.report
             self.ring = [torch.empty(report.shape, dtype=report.dtype, pin_memory=report.is_cuda) for _ in range(RING)]
@@ -122,7 +123,8 @@ class StaticStep:
 
     @torch.no_grad()
     def prepare(self, run: Run) -> Run:
-        """Take over a call's end tokens and uniforms. Returns the run to prefill with, at this step's addresses."""
+        """Take over a call's end tokens, uniforms and sampling. Returns the run to prefill with, at this step's
+        addresses."""
         self.run.eos.fill_(-1)
         self.run.eos[: run.eos.numel()].copy_(run.eos)
         if self.run.uniforms is not None:
@@ -130,7 +132,9 @@ class StaticStep:
             # a plain step draws fewer than a tree's path
             count = min(self.run.uniforms.shape[1], run.uniforms.shape[1])
             self.run.uniforms[:rows, :count].copy_(run.uniforms[:, :count])
-        return self.run
+        if self.run.sampling.held is not None:
+            self.run.sampling.held.copy_(torch.tensor(run.sampling.numbers))
+        return replace(self.run, sampling=run.sampling)
 
     def replay(self) -> None:
         """Queue one step."""

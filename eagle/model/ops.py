@@ -11,7 +11,7 @@ included), W int64 mask words a row, P = depth + 2 the longest accepted path, K 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -131,12 +131,16 @@ class Sampling:
 
     ``top_k_first`` orders the two filters as transformers' ``generate`` does; the reference's own methods cut by
     ``top_p`` first. Raises InvalidInputError, a ValueError, for values that are none of these.
+
+    held: `numbers` on the device, which then go before the fields: these only say what is on. A captured step reads
+    them there, so that one capture serves all settings of a `kind`.
     """
 
     temperature: float = 0.0
     top_p: float = 0.0
     top_k: int = 0
     top_k_first: bool = True
+    held: torch.Tensor | None = field(default=None, compare=False, repr=False)  # [4] float32
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
@@ -149,6 +153,31 @@ class Sampling:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def numbers(self) -> tuple[float, float, float, float]:
+        """Temperature, its inverse (0 if greedy), 1 - ``top_p`` and ``top_k``: what `held` holds."""
+        return self.temperature, 0.0 if self.greedy else 1.0 / self.temperature, 1.0 - self.top_p, float(self.top_k)
+
+    def cuts_rank(self, vocab: int) -> bool:
+        """Whether ``top_k`` drops any of ``vocab`` tokens."""
+        return 0 < self.top_k < vocab
+
+    @property
+    def cuts_share(self) -> bool:
+        """Whether ``top_p`` is on."""
+        return 0.0 < self.top_p < 1.0
+
+    def kind(self, vocab: int) -> tuple[str, ...]:
+        """What does not change with the numbers: greedy, or drawn after which filters in which order."""
+        if self.greedy:
+            return ("greedy",)
+        filters = [name for name, on in (("top_k", self.cuts_rank(vocab)), ("top_p", self.cuts_share)) if on]
+        return ("drawn", *(filters if self.top_k_first else reversed(filters)))
+
+    def on(self, device: torch.device) -> Sampling:
+        """The same with its numbers held on a device."""
+        return replace(self, held=torch.tensor(self.numbers, dtype=torch.float32, device=device))
 
 
 @dataclass(frozen=True)

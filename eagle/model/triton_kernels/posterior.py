@@ -9,8 +9,8 @@ accepted node and the bonus token, so they are valid indices.
 All nodes are decided at once, because the uniform of a node's output position is known from its depth: N rows fill the
 GPU, where the path alone would be P passes over the vocabulary one after the other. The walk is then one program a
 sequence over N choices. A node's choice depends on its own row only. Nothing is read on the host and every size comes
-from the arguments' shapes: safe under CUDA-graph capture. Temperature, top-k and top-p are fixed at capture; uniforms,
-seeds and offsets are tensors and may change between replays.
+from the arguments' shapes: safe under CUDA-graph capture. Uniforms, seeds, offsets and what `Sampling.held` holds are
+tensors and may change between replays; a temperature, top-k or top-p given as a number is fixed at capture.
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ def evaluate_posterior(
     if uniforms is None:
         raise ValueError(f"sampling at temperature {sampling.temperature} needs uniforms [B, {path}], got None")
     check_dense(uniforms, "uniforms", logits, (logits.shape[0], path), torch.float32)
+    _check_held(sampling, logits)
     if debugging():
         check_values((uniforms >= 0) & (uniforms < 1), "uniforms must lie in [0, 1)", uniforms=uniforms)
     return _walk(draw_keys(logits, tree.depths, sampling, uniforms, None, None), tree, path)
@@ -128,6 +129,7 @@ def evaluate_posterior_seeded(
         return _walk(_argmax_keys(logits), tree, path)
     for name, x in (("seeds", seeds), ("offsets", offsets)):
         check_dense(x, name, logits, (logits.shape[0],), torch.int64)
+    _check_held(sampling, logits)
     if debugging():
         fine = (offsets >= 0) & (offsets <= 2**31 - path)
         check_values(fine, f"offsets must lie from 0 to 2³¹ - {path}", offsets=offsets)
@@ -148,6 +150,11 @@ def _check(logits: torch.Tensor, tree: DraftTree, path: int) -> None:
         check_dense(getattr(tree, name), f"tree.{name}", logits, (batch, nodes), torch.int64)
     check_range(tree.parents, "tree.parents", -1, nodes)
     check_range(tree.depths, "tree.depths", 0, nodes)
+
+
+def _check_held(sampling: Sampling, logits: torch.Tensor) -> None:
+    if sampling.held is not None:
+        check_dense(sampling.held, "sampling.held", logits, (len(sampling.numbers),), torch.float32)
 
 
 def _argmax_keys(logits: torch.Tensor) -> torch.Tensor:

@@ -54,11 +54,24 @@ def row_uniform(
 
 
 @triton.jit
+def _or_held(
+    value,
+    held,  # [4] float32, see `Sampling.numbers`, or None
+    place: tl.constexpr,
+):
+    """A setting: of the launch, or read on the device."""
+    if held is not None:
+        return tl.load(held + place)
+    return value
+
+
+@triton.jit
 def _stats_kernel(
     logits,  # [R, V]
     tops,  # [R, chunks] float32, of scores
     sums,  # [R, chunks] float32, of exp(score - top)
     groups,  # [R, groups] float32: maxima of GROUP scores
+    held,
     vocab,
     chunks,
     group_count,
@@ -66,6 +79,7 @@ def _stats_kernel(
     scale,  # 1 / temperature
     CHUNK: tl.constexpr,
 ):
+    scale = _or_held(scale, held, 1)
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     PER_CHUNK: tl.constexpr = CHUNK // GROUP
@@ -90,6 +104,7 @@ def _draw_kernel(
     seeds,
     offsets,
     keys,  # [R] int64: the chosen ids, as keys
+    held,
     vocab,
     chunks,
     stride,
@@ -101,6 +116,7 @@ def _draw_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """No filters: the chunk by its share, then the token within it."""
+    scale = _or_held(scale, held, 1)
     row = tl.program_id(0).to(tl.int64)
     uniform = row_uniform(row, nodes, depths, uniforms, path, seeds, offsets, SEEDED)
     c = tl.arange(0, BLOCK_C)
@@ -136,6 +152,7 @@ def _draw_filtered_kernel(
     seeds,
     offsets,
     keys,  # [R] int64: the chosen ids, as keys
+    held,
     vocab,
     chunks,
     group_count,
@@ -153,6 +170,10 @@ def _draw_filtered_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    scale = _or_held(scale, held, 1)
+    drop_share = _or_held(drop_share, held, 2)
+    if held is not None:
+        top_k = tl.load(held + 3).to(tl.int32)
     row = tl.program_id(0).to(tl.int64)
     uniform = row_uniform(row, nodes, depths, uniforms, path, seeds, offsets, SEEDED)
     logits += row * stride
@@ -286,10 +307,9 @@ def draw_keys(
     tops, sums = logits.new_empty((2, rows, chunks), dtype=torch.float32)
     maxima = logits.new_empty((rows, groups), dtype=torch.float32)
     seeded = seeds is not None
-    scale = 1.0 / sampling.temperature
+    scale, drop_share = sampling.numbers[1:3]
     path = 1 if uniforms is None else uniforms.shape[1]
-    top_k = 0 < sampling.top_k < vocab
-    top_p = 0.0 < sampling.top_p < 1.0
+    top_k, top_p = sampling.cuts_rank(vocab), sampling.cuts_share
     chance = (
         depths,
         tops if uniforms is None else uniforms,
@@ -304,6 +324,7 @@ def draw_keys(
             tops,
             sums,
             maxima,
+            sampling.held,
             vocab,
             chunks,
             groups,
@@ -320,6 +341,7 @@ def draw_keys(
                 sums,
                 *chance,
                 keys,
+                sampling.held,
                 vocab,
                 chunks,
                 stride,
@@ -341,6 +363,7 @@ def draw_keys(
             depths.new_empty((rows, COLLECTED), dtype=torch.int32),
             *chance,
             keys,
+            sampling.held,
             vocab,
             chunks,
             groups,
@@ -348,7 +371,7 @@ def draw_keys(
             scale,
             nodes,
             path,
-            1.0 - sampling.top_p,
+            drop_share,
             sampling.top_k,
             SEEDED=seeded,
             TOP_K=top_k,
