@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -121,7 +122,12 @@ def test_sixteen_bits_excuse_the_model_as_loaded_alone(monkeypatch):
     for differing, excused in ((pairs[:1], True), (pairs[1:2], False), (pairs[:2], False), ((), False)):
         partings = {pair: 3 if pair in differing else None for pair in pairs}
         monkeypatch.setattr(type(found), "partings", lambda _, partings=partings: partings)
-        assert ("--dtype float32 decides" in lines(found, "a device", sixteen_bits=True)[-1]) == excused
+        kernels, library = (
+            lines(replace(found, library_products=by_library), "a device", sixteen_bits=True)[-1]
+            for by_library in (False, True)
+        )
+        assert ("as loaded; --dtype float32 decides" in kernels) == excused
+        assert ("own modules; --dtype float32 decides" in library) == bool(differing)
 
 
 def test_the_command(pair, capsys, tmp_path):

@@ -63,6 +63,10 @@ def test_unknown_names_get_near_matches():
         ("smol", [DEFAULT_MODEL]),
         ("olmoe", ["eagle3-olmoe-1b-7b"]),
         ("Qwen/Qwen3-235B", ["Qwen/Qwen3-235B-A22B"]),
+        (
+            "llama3.3-70B-Instruct",
+            ["eagle3-llama3.3-70b", "eagle3-llama3.3-70b-redhat", "eagle3-llama3.3-70b-specforge"],
+        ),
     ],
 )
 def test_near_matches_are_close_and_the_best_comes_first(typed, meant):

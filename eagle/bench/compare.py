@@ -63,6 +63,8 @@ class Comparison:
     """The ops that Triton kernels served when optimised."""
     kernels_off: str
     """Why no kernel served, or an empty text."""
+    library_products: bool
+    """Whether a library computed the target's matrix products when optimised."""
 
     def way(self, decoding: str, ops: str) -> Way:
         return next(way for way in self.ways if (way.decoding, way.ops) == (decoding, ops))
@@ -154,11 +156,12 @@ def compare(
     run(LOADED)
     _, originals = optimize_eagle_with_triton(model)
     try:
-        choices = model.kernel_report()
+        choices, library_products = model.kernel_report(), model.library_products
         changed = tuple(name for name in originals if name != ENGINE or model.engine != settings)
         if originals:
             run(OPTIMISED)
     finally:
         restore_eagle(model, originals)
     served = tuple(dict.fromkeys(choice.op for choice in choices if choice.implementation == "triton"))
-    return Comparison(tuple(ways), changed, bandwidth, served, "" if served else choices[0].reason)
+    why_none = "" if served else choices[0].reason
+    return Comparison(tuple(ways), changed, bandwidth, served, why_none, library_products)

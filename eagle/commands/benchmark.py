@@ -44,7 +44,7 @@ HEAD = ("", "time, s: min", "median", "max", "tokens/s", "ms/step", "accept leng
 
 SIXTEEN_BITS = (
     "  in 16 bits a library's sums depend on how many rows are computed together, so a near-tie between two tokens may fall "
-    "either way as loaded; --dtype float32 decides"
+    "either way {where}; --dtype float32 decides"
 )
 
 PromptOption = Annotated[str, typer.Option("--prompt", help="What the model is asked.")]
@@ -124,8 +124,9 @@ def lines(found: Comparison, device: str, *, sixteen_bits: bool = False) -> list
     ]
     shown += [f"  {way.name}: its own runs differ from each other" for way in found.ways if not way.figures.repeatable]
     differing = [pair for pair, where in found.partings().items() if where is not None]
-    if sixteen_bits and differing and all(LOADED in pair for pair in differing):
-        shown.append(SIXTEEN_BITS)
+    where = "by this target's own modules" if found.library_products else "as loaded"
+    if sixteen_bits and differing and (found.library_products or all(LOADED in pair for pair in differing)):
+        shown.append(SIXTEEN_BITS.format(where=where))
     return shown
 
 

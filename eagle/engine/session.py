@@ -103,7 +103,7 @@ class Session:
 
         ``exact="auto"`` pads where at most `AUTO_ROWS` are added.
         """
-        if not self._library_products:
+        if not self.library_products:
             return False
         if self.settings.exact == "auto":
             nodes = call.shape.total_token if call.speculative else 1
@@ -118,7 +118,7 @@ class Session:
         return self.settings.exact
 
     @property
-    def _library_products(self) -> bool:
+    def library_products(self) -> bool:
         """Whether a library computes products of the target, whose order of sums follows from the number of rows."""
         return self.target.fused is None or not products_by_kernel(self.target.ops)
 
@@ -146,7 +146,7 @@ class Session:
             engine, reason = "captured", "one CUDA graph a step"
             if self.captures.prefill_reason is not None:
                 reason += f"; prompts could not be captured: {self.captures.prefill_reason}"
-        if self.settings.exact and self._library_products:
+        if self.settings.exact and self.library_products:
             reason += f"; exact: every pass in whole tiles of {ROW_TILE} rows"
             if self.settings.exact == "auto":
                 reason += f" that adds at most {AUTO_ROWS}"

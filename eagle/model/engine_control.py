@@ -34,6 +34,11 @@ class EngineControl:
         return self._session.settings
 
     @property
+    def library_products(self) -> bool:
+        """Whether a library computes the target's matrix products, whose sums depend on how many rows go together."""
+        return self._session.library_products
+
+    @property
     def captures_steps(self) -> bool:
         """Whether steps are replayed from a CUDA graph, as far as is known before the first one."""
         return self._session.replays

@@ -152,6 +152,8 @@ def near_matches(name: str, count: int = 3) -> list[str]:
     close.sort(key=lambda candidate: (not candidate.startswith(wanted), len(candidate)))
     if not close:
         close = sorted((candidate for candidate in known if wanted.startswith(candidate)), key=len, reverse=True)[:1]
+    if not close:  # a target's id without its owner: the pairs it belongs to
+        close = [_squash(name) for name, pair in PRESETS.items() if _squash(pair.base.split("/")[-1]) == wanted]
     if not close:
         close = _slips(wanted, list(known), count)
     return [known[candidate] for candidate in close[:count]]
