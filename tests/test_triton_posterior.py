@@ -269,8 +269,8 @@ def test_bad_logits(monkeypatch: pytest.MonkeyPatch) -> None:
         evaluate_posterior(logits, tree, 3, Sampling(1.0))
     with pytest.raises(ValueError, match=r"uniforms is \(2, 2\)"):
         evaluate_posterior(logits, tree, 3, Sampling(1.0), torch.rand(2, 2, device=DEVICE))
-    wrong = replace(Sampling(1.0), held=torch.ones(3, device=DEVICE))
-    with pytest.raises(ValueError, match=r"sampling.held is \(3,\)"):
+    wrong = replace(Sampling(1.0), held=torch.ones(4, device=DEVICE))
+    with pytest.raises(ValueError, match=r"sampling.held is \(4,\)"):
         evaluate_posterior(logits, tree, 3, wrong, torch.rand(2, 3, device=DEVICE))
     with pytest.raises(ValueError, match=r"tree.tokens is \(2, 4\)"):
         evaluate_posterior(logits[:, :3].contiguous(), tree, 3, Sampling())

@@ -140,7 +140,7 @@ class Sampling:
     top_p: float = 0.0
     top_k: int = 0
     top_k_first: bool = True
-    held: torch.Tensor | None = field(default=None, compare=False, repr=False)  # [4] float32
+    held: torch.Tensor | None = field(default=None, compare=False, repr=False)  # [3] float32
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
@@ -155,9 +155,9 @@ class Sampling:
         return self.temperature == 0.0
 
     @property
-    def numbers(self) -> tuple[float, float, float, float]:
-        """Temperature, its inverse (0 if greedy), 1 - ``top_p`` and ``top_k``: what `held` holds."""
-        return self.temperature, 0.0 if self.greedy else 1.0 / self.temperature, 1.0 - self.top_p, float(self.top_k)
+    def numbers(self) -> tuple[float, float, float]:
+        """1 / temperature (0 if greedy), 1 - ``top_p`` and ``top_k``: what is computed with, and what `held` holds."""
+        return 0.0 if self.greedy else 1.0 / self.temperature, 1.0 - self.top_p, float(self.top_k)
 
     def cuts_rank(self, vocab: int) -> bool:
         """Whether ``top_k`` drops any of ``vocab`` tokens."""

@@ -51,7 +51,7 @@ def evaluate_posterior(
 
 def next_token_probs(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """The distribution after temperature, top-k and top-p. logits: [..., V]; returns float32 [..., V]."""
-    scores = logits.float() / (sampling.temperature if sampling.held is None else sampling.held[0])
+    scores = logits.float() * _number(sampling, 0)
     filters = [_keep_top_k, _keep_top_p] if sampling.top_k_first else [_keep_top_p, _keep_top_k]
     for keep in filters:
         scores = keep(scores, sampling)
@@ -106,13 +106,18 @@ def update_inputs(
     return new if out is None else out.load(new)
 
 
+def _number(sampling: Sampling, place: int) -> float | torch.Tensor:
+    """One of `Sampling.numbers`: where it is held on the device, that tensor."""
+    return sampling.numbers[place] if sampling.held is None else sampling.held[place]
+
+
 def _keep_top_k(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     if not sampling.cuts_rank(scores.shape[-1]):
         return scores
     if sampling.held is None:
         smallest = scores.topk(sampling.top_k, dim=-1).values[..., -1:]
     else:
-        rank = (sampling.held[3].long() - 1).expand(*scores.shape[:-1], 1)
+        rank = (sampling.held[2].long() - 1).expand(*scores.shape[:-1], 1)
         smallest = scores.sort(dim=-1, descending=True).values.gather(-1, rank)
     return scores.masked_fill(scores < smallest, float("-inf"))
 
@@ -120,8 +125,7 @@ def _keep_top_k(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 def _keep_top_p(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     if not sampling.cuts_share:
         return scores
-    spare = 1.0 - sampling.top_p if sampling.held is None else sampling.held[2]
     ordered, index = torch.sort(scores, dim=-1, descending=False, stable=True)
-    drop = ordered.softmax(-1).cumsum(-1) <= spare
+    drop = ordered.softmax(-1).cumsum(-1) <= _number(sampling, 1)
     drop[..., -1] = False
     return scores.masked_fill(torch.empty_like(drop).scatter_(-1, index, drop), float("-inf"))

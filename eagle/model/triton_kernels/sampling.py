@@ -56,7 +56,7 @@ def row_uniform(
 @triton.jit
 def _or_held(
     value,
-    held,  # [4] float32, see `Sampling.numbers`, or None
+    held,  # [3] float32, see `Sampling.numbers`, or None
     place: tl.constexpr,
 ):
     """A setting: of the launch, or read on the device."""
@@ -71,7 +71,7 @@ def _stats_kernel(
     tops,  # [R, chunks] float32, of scores
     sums,  # [R, chunks] float32, of exp(score - top)
     groups,  # [R, groups] float32: maxima of GROUP scores
-    held,
+    held,  # [3] float32 or None: its settings go before the arguments'
     vocab,
     chunks,
     group_count,
@@ -79,7 +79,7 @@ def _stats_kernel(
     scale,  # 1 / temperature
     CHUNK: tl.constexpr,
 ):
-    scale = _or_held(scale, held, 1)
+    scale = _or_held(scale, held, 0)
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     PER_CHUNK: tl.constexpr = CHUNK // GROUP
@@ -104,7 +104,7 @@ def _draw_kernel(
     seeds,
     offsets,
     keys,  # [R] int64: the chosen ids, as keys
-    held,
+    held,  # [3] float32 or None
     vocab,
     chunks,
     stride,
@@ -116,7 +116,7 @@ def _draw_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """No filters: the chunk by its share, then the token within it."""
-    scale = _or_held(scale, held, 1)
+    scale = _or_held(scale, held, 0)
     row = tl.program_id(0).to(tl.int64)
     uniform = row_uniform(row, nodes, depths, uniforms, path, seeds, offsets, SEEDED)
     c = tl.arange(0, BLOCK_C)
@@ -152,7 +152,7 @@ def _draw_filtered_kernel(
     seeds,
     offsets,
     keys,  # [R] int64: the chosen ids, as keys
-    held,
+    held,  # [3] float32 or None
     vocab,
     chunks,
     group_count,
@@ -170,10 +170,10 @@ def _draw_filtered_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    scale = _or_held(scale, held, 1)
-    drop_share = _or_held(drop_share, held, 2)
+    scale = _or_held(scale, held, 0)
+    drop_share = _or_held(drop_share, held, 1)
     if held is not None:
-        top_k = tl.load(held + 3).to(tl.int32)
+        top_k = tl.load(held + 2).to(tl.int32)
     row = tl.program_id(0).to(tl.int64)
     uniform = row_uniform(row, nodes, depths, uniforms, path, seeds, offsets, SEEDED)
     logits += row * stride
@@ -307,7 +307,7 @@ def draw_keys(
     tops, sums = logits.new_empty((2, rows, chunks), dtype=torch.float32)
     maxima = logits.new_empty((rows, groups), dtype=torch.float32)
     seeded = seeds is not None
-    scale, drop_share = sampling.numbers[1:3]
+    scale, drop_share, _ = sampling.numbers
     path = 1 if uniforms is None else uniforms.shape[1]
     top_k, top_p = sampling.cuts_rank(vocab), sampling.cuts_share
     chance = (
