@@ -20,7 +20,7 @@ from eagle.model import tree
 from eagle.model.triton_kernels.topk import TopKConfig, topk_config, topk_log_softmax, topk_log_softmax_op
 
 DEVICE = "cuda" if CUDA else "cpu"
-SMALL = TopKConfig(64, 1, 1)
+SMALL = TopKConfig(16, 64, 1, 1)
 needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 
 
@@ -104,7 +104,9 @@ def test_rows_of_a_wider_tensor_are_read_within_their_vocabulary() -> None:
 
 
 def test_the_configuration_depends_on_no_rows() -> None:
-    assert [topk_config(vocab, 10).chunk for vocab in (100, 16384, 262144)] == [128, 512, 512]
+    assert topk_config(100, 10) == TopKConfig(16, 128, 1, 1)
+    assert topk_config(16384, 10) == TopKConfig(32, 512, 1, 1)
+    assert topk_config(262144, 10) == TopKConfig(128, 4096, 8, 4)
 
 
 @pytest.mark.parametrize(
