@@ -121,7 +121,8 @@ def test_a_difference_is_told(capsys, pair, monkeypatch):
     assert out.splitlines()[-1].endswith("identical: no (first at new token 4)")
     options = ["--dtype", "bfloat16", "-n", "9", "--compare", "Hello"]
     out, _ = run(capsys, "generate", "--model", str(pair), *TREE, *options)
-    assert out.splitlines()[-1].endswith("own modules, --dtype float32 decides)")
+    assert out.splitlines()[-2].endswith("identical: no (first at new token 4)")
+    assert out.splitlines()[-1].endswith("own modules; --dtype float32 decides")
 
 
 def test_prompt_from_standard_input(capsys, pair, monkeypatch):

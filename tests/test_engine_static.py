@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from eagle.engine.settings import EngineSettings
 from eagle.engine.state import ROW_TILE, StaticState
 from eagle.errors import InvalidInputError, UnsupportedModelError
 from eagle.model.ea_model import EaModel
-from eagle.model.ops import DecodeState
+from eagle.model.ops import DecodeState, Sampling
+from eagle.model.verify import evaluate_posterior
 
 
 @pytest.fixture(params=["tree", "padded"])
@@ -278,6 +280,33 @@ def test_one_step_serves_every_temperature(eagle, monkeypatch) -> None:
     for rule, tokens in zip(rules, wanted, strict=True):
         assert torch.equal(eagle.generate(ids, max_new_tokens=20, seed=3, **rule), tokens)
     assert len(eagle._session.captures.steps()) == 1
+
+
+def test_an_op_of_a_callers_own_sees_the_settings_of_each_call(eagle, monkeypatch) -> None:
+    seen: list[float] = []
+
+    def mine(logits, tree, path, sampling, uniforms):
+        seen.append(sampling.temperature)
+        return evaluate_posterior(logits, tree, path, sampling, uniforms)
+
+    eagle.ops = eagle.ops.replaced(evaluate_posterior=mine)
+    static(monkeypatch, eagle)
+    for temperature in (0.5, 1.5):
+        seen.clear()
+        eagle.generate(prompts(5)[0], max_new_tokens=6, temperature=temperature, seed=1)
+        assert set(seen) == {temperature}
+
+
+def test_a_default_dtype_does_not_round_the_settings(eagle, monkeypatch) -> None:
+    static(monkeypatch, eagle)
+    eagle.generate(prompts(5)[0], max_new_tokens=6, temperature=0.9, top_p=0.8, seed=1)
+    (step,) = eagle._session.captures.steps()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        step.prepare(replace(step.run, sampling=Sampling(0.6, 0.93)))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(step.run.sampling.held, Sampling(0.6, 0.93).on(step.run.sampling.held.device).held)
 
 
 def test_a_step_that_can_not_be_captured_runs_without_idle_rows(eagle, monkeypatch) -> None:

@@ -49,8 +49,11 @@ def test_the_guard_notices_a_read() -> None:
         torch.ones(1).item()
 
 
+HELD = Sampling(0.9, 0.8, 5).on(torch.device("cpu"))
+
+
 @pytest.mark.parametrize("speculative", [True, False], ids=["eagle", "plain"])
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9, 0.8, 5)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9, 0.8, 5), HELD], ids=["greedy", "sampled", "held"])
 @pytest.mark.parametrize("kind", ["eagle3", "eagle1"])
 def test_no_host_reads(kind: str, sampling: Sampling, speculative: bool, monkeypatch) -> None:
     run = make_run(kind, sampling, speculative)

@@ -201,5 +201,5 @@ def test_a_forward_may_take_its_cache_by_either_name() -> None:
     for model, name in [(TakesCache(), "cache"), (TakesPastKeyValues(), "past_key_values")]:
         check_config(model, config)
         assert cache_argument(model) == name
-    with pytest.raises(UnsupportedModelError, match=r"TakesNone.forward takes no 'cache'"):
+    with pytest.raises(UnsupportedModelError, match=r"TakesNone.forward takes no 'cache' or 'past_key_values'"):
         check_config(TakesNone(), config)

@@ -25,6 +25,7 @@ from eagle.model.triton_kernels.sampling import DrawConfig, draw_keys, philox_un
 from eagle.model.triton_kernels.update_inputs import update_inputs, update_inputs_op
 
 DEVICE = "cuda" if CUDA else "cpu"
+UNIFORM = torch.full((1, 1), 0.999, device=DEVICE)
 SMALL = DrawConfig(chunk=64, stats_warps=1, block=256, draw_warps=4)
 needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 
@@ -212,16 +213,28 @@ def test_numbers_on_the_device_go_before_the_fields(rule: Sampling) -> None:
     logits = torch.randn(2, 8, 90, generator=generator).to(DEVICE)
     uniforms = torch.rand(2, 8, generator=generator).to(DEVICE)
     held = rule.on(logits.device)
-    for temperature in (0.4, 1.7):
+    assert held.held.dtype == torch.float32
+    for temperature, top_p, top_k in ((0.4, 0.6, 2), (1.7, 0.95, 1)):
         other = replace(rule, temperature=temperature)
-        other = replace(other, top_p=0.6) if other.cuts_share else other
-        other = replace(other, top_k=2) if other.cuts_rank(90) else other
+        other = replace(other, top_p=top_p) if other.cuts_share else other
+        other = replace(other, top_k=top_k) if other.cuts_rank(90) else other
         assert other.kind(90) == held.kind(90)
-        held.held.copy_(torch.tensor(other.numbers))
+        held.held.copy_(other.on(logits.device).held)
         for op in (evaluate_posterior, verify.evaluate_posterior):
             out, wanted = (op(logits, tree, 8, each, uniforms) for each in (held, other))
             for name, value in vars(wanted).items():
                 assert torch.equal(getattr(out, name), value), (name, op.__module__)
+
+
+def test_a_share_too_small_for_float32_keeps_the_best_token() -> None:
+    logits = torch.randn(1, 1, 90, device=DEVICE)
+    for op in (evaluate_posterior, verify.evaluate_posterior):
+        out = op(logits, root_only(torch.zeros(1, dtype=torch.int64, device=DEVICE)), 1, Sampling(1.0, 1e-9), UNIFORM)
+        assert out.tokens.item() == logits.argmax()
+
+
+def test_huge_numbers_are_off() -> None:
+    assert Sampling(1.0, top_k=10**400).numbers[2] == 2**24
 
 
 def test_kinds() -> None:
@@ -454,7 +467,7 @@ def test_captured(rule: Sampling) -> None:
         out = evaluate_posterior_seeded(logits, tree, 60, held, seeds, offsets)
     for temperature in (rule.temperature, 1.3 * rule.temperature):
         rule = replace(rule, temperature=temperature)
-        held.held.copy_(torch.tensor(rule.numbers))
+        held.held.copy_(rule.on(logits.device).held)
         logits.normal_()
         favour_the_tree(logits, tree, generator)
         offsets += 3

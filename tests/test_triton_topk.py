@@ -70,6 +70,15 @@ def test_negative_zero_ties_with_zero() -> None:
     assert topk_log_softmax(logits, 3, config=SMALL)[1].tolist() == [[3, 70, 128]]
 
 
+@pytest.mark.parametrize("value", [1.5, float("nan"), float("-inf")])
+def test_of_many_equal_logits_the_lowest_ids_are_taken(value: float) -> None:
+    logits = torch.full((2, 1000), value, device=DEVICE)
+    logits[1, 700:] = 2.0
+    assert topk_log_softmax(logits, 3, config=SMALL)[1][0].tolist() == [0, 1, 2]
+    if value == value:  # NaN counts as the largest value
+        assert topk_log_softmax(logits, 3, config=SMALL)[1][1].tolist() == [700, 701, 702]
+
+
 def test_infinities_never_give_nan() -> None:
     logits = torch.full((2, 200), float("-inf"), device=DEVICE)
     logits[0, [5, 150]] = torch.tensor([1.0, 2.0], device=DEVICE)

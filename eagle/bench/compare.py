@@ -95,6 +95,7 @@ class Comparison:
             "changed": list(self.changed),
             "kernel_ops": list(self.kernel_ops),
             "kernels_off": self.kernels_off,
+            "library_products": self.library_products,
             "identical": self.identical,
             "first_difference": self.partings(),
             "ways": [

@@ -5,12 +5,12 @@ from __future__ import annotations
 import gc
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from eagle.commands.console import choose_tree
-from eagle.commands.measuring import check_counts, headline, open_for_bench
+from eagle.commands.measuring import check_counts, dtype_name, headline, open_for_bench
 from eagle.commands.options import (
     MODEL_DEFAULT,
     PAPER_TREE,
@@ -30,6 +30,12 @@ from eagle.commands.options import (
 )
 from eagle.commands.outputs import check_out, writing
 from eagle.commands.reply import encode_prompt, has_template
+
+if TYPE_CHECKING:
+    import torch
+
+    from eagle.bench.equality import Equality
+    from eagle.engine.settings import Exact
 
 EXACT = {"auto": "auto", True: "on", False: "off"}
 
@@ -81,7 +87,7 @@ def equality(
         raise typer.BadParameter(f"--prefix is {prefix}; expected at least 0")
     check_out(out)
     chosen = read_prompts(prompts, limit)
-    found = []
+    found: list[dict[str, Any]] = []
     exactness = "auto" if exact is None else exact
     settings = {
         "model": model,
@@ -119,14 +125,23 @@ def equality(
             loaded.tree_shape if text == TREE_DEFAULT and loaded.captures_steps else TreeShape(*parse_tree(text))
             for text in trees
         ]
-        results = compare(loaded, ids, max_new_tokens, shapes, batch or [1], told=lambda row: print(row, flush=True))
-        name = str(loaded.target.feature_dtype).removeprefix("torch.")
-        found += [settings | {"exact": loaded.engine.exact, "dtype": name} | result.to_json() for result in results]
-        origin = provenance(loaded.device) | {"clocks": clocks(loaded.device)}
+        name, engine, device = dtype_name(loaded), loaded.engine, loaded.device
+
+        def keep(
+            result: Equality, name: str = name, exact: Exact = engine.exact, device: torch.device = device
+        ) -> None:
+            """Print a result and write the file anew: hours of runs, cut off, leave what they had."""
+            print(result, flush=True)
+            found.append(settings | {"exact": exact, "dtype": name} | result.to_json())
+            if out is not None:
+                origin = provenance(device) | {"clocks": clocks(device)}
+                with writing(out):
+                    out.write_text(
+                        json.dumps({"provenance": origin, "results": found}, indent=1) + "\n", encoding="utf-8"
+                    )
+
+        compare(loaded, ids, max_new_tokens, shapes, batch or [1], told=keep)
         del loaded
         gc.collect()  # fused weights lie in cycles, and the next dtype's model needs the memory
-    if out is not None:
-        with writing(out):
-            out.write_text(json.dumps({"provenance": origin, "results": found}, indent=1) + "\n", encoding="utf-8")
     if any(row["partings"] for row in found):
         raise typer.Exit(1)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from eagle.commands.console import device_name, note
+from eagle.commands.console import NEAR_TIES, OWN_MODULES, device_name, note
 from eagle.commands.measuring import (
     NO_GPU,
     aligned,
@@ -41,11 +41,6 @@ if TYPE_CHECKING:
 
 PROMPT = "Explain in a few sentences why the sky is blue at noon and red at sunset."
 HEAD = ("", "time, s: min", "median", "max", "tokens/s", "ms/step", "accept length", "GB/s", "of measured")
-
-SIXTEEN_BITS = (
-    "  in 16 bits a library's sums depend on how many rows are computed together, so a near-tie between two tokens may fall "
-    "either way {where}; --dtype float32 decides"
-)
 
 PromptOption = Annotated[str, typer.Option("--prompt", help="What the model is asked.")]
 MaxLengthOption = Annotated[
@@ -124,9 +119,9 @@ def lines(found: Comparison, device: str, *, sixteen_bits: bool = False) -> list
     ]
     shown += [f"  {way.name}: its own runs differ from each other" for way in found.ways if not way.figures.repeatable]
     differing = [pair for pair, where in found.partings().items() if where is not None]
-    where = "by this target's own modules" if found.library_products else "as loaded"
+    where = OWN_MODULES if found.library_products else "as loaded"
     if sixteen_bits and differing and (found.library_products or all(LOADED in pair for pair in differing)):
-        shown.append(SIXTEEN_BITS.format(where=where))
+        shown.append("  " + NEAR_TIES.format(where=where))
     return shown
 
 

@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from eagle.model.ea_model import EaModel
     from eagle.model.locate import ModelLocation
 
+OWN_MODULES = "by this target's own modules"
+NEAR_TIES = (
+    "in 16 bits a library's sums depend on how many rows are computed together, so a near-tie between two tokens may fall "
+    "either way {where}; --dtype float32 decides"
+)
+"""Why outputs may part where a library multiplies. ``where``: `OWN_MODULES`, or "as loaded"."""
+
 TREE_PROMPTS = 4
 """Own prompts a tree is measured on."""
 

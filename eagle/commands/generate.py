@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from eagle.commands.console import note, open_model
+from eagle.commands.console import NEAR_TIES, OWN_MODULES, note, open_model
 from eagle.commands.options import (
     MODEL_DEFAULT,
     TREE_DEFAULT,
@@ -151,7 +151,7 @@ def summary(stats: GenerationStats) -> str:
 
 
 def comparison(reply: Reply, plain: Reply, *, near_ties: bool = False) -> str:
-    """What plain decoding of the same prompt gave, in one line. near_ties: whether they may fall either way."""
+    """What plain decoding of the same prompt gave. near_ties: whether they may fall either way."""
     line = (
         f"plain decoding: {plain.stats.tokens_per_second:.1f} tokens/s, "
         f"speed-up {speedup(reply, plain):.2f}x, identical: "
@@ -161,8 +161,8 @@ def comparison(reply: Reply, plain: Reply, *, near_ties: bool = False) -> str:
     pairs = zip(reply.tokens, plain.tokens, strict=False)
     shorter = min(len(reply.tokens), len(plain.tokens))
     first = next((index for index, (ours, theirs) in enumerate(pairs) if ours != theirs), shorter)
-    why = "; in 16 bits a near-tie may fall either way by this target's own modules, --dtype float32 decides"
-    return f"{line}no (first at new token {first + 1}{why * near_ties})"
+    why = f"\n{NEAR_TIES.format(where=OWN_MODULES)}"
+    return f"{line}no (first at new token {first + 1}){why * near_ties}"
 
 
 def speedup(reply: Reply, plain: Reply) -> float:

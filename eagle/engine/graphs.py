@@ -16,7 +16,9 @@ import torch
 
 from eagle.engine.state import Run, StaticState, slots_beyond
 from eagle.engine.step import step
-from eagle.model.ops import DecodeState, Ops, TreeShape
+from eagle.model.ops import DecodeState, Ops, Sampling, TreeShape
+from eagle.model.triton_kernels.dispatch import Served
+from eagle.model.verify import evaluate_posterior
 
 WARM_UPS = 2
 """Passes before the capture: the first compiles kernels and makes library handles, the second finds nothing left to
@@ -73,7 +75,7 @@ class StepKey:
     caches: int  # identity
     draft: int  # identity, 0 without
     ops: Ops
-    sampling: tuple[str, ...]  # its kind; the numbers are read on the device
+    sampling: Sampling | tuple[str, ...]  # its kind where `holds_sampling`
     shape: TreeShape | None  # None where a plain step does not depend on it
     pad_rows: bool
     end_tokens: int
@@ -85,11 +87,18 @@ class StepKey:
             caches=id(run.caches),
             draft=0 if run.draft is None else id(run.draft),
             ops=run.ops,
-            sampling=run.sampling.kind(run.target.spec.vocab_size),
+            sampling=run.sampling.kind(run.target.spec.vocab_size) if holds_sampling(run) else run.sampling,
             shape=None if run.draft is None and not run.pad_rows else run.shape,
             pad_rows=run.pad_rows,
             end_tokens=room_for_end_tokens(run.eos),
         )
+
+
+def holds_sampling(run: Run) -> bool:
+    """Whether a step reads the numbers of its sampling on the device. An op that a caller has put in the table may read
+    those it was captured with."""
+    draws = run.ops.evaluate_posterior
+    return (draws.plain if isinstance(draws, Served) else draws) is evaluate_posterior
 
 
 def room_for_end_tokens(eos: torch.Tensor) -> int:
@@ -112,7 +121,8 @@ class StaticStep:
             uniforms = None
             if run.uniforms is not None:
                 uniforms = torch.zeros(batch, run.caches.slots + run.path, dtype=run.uniforms.dtype, device=device)
-            sampling = run.sampling if run.sampling.greedy else run.sampling.on(device)
+            drawn = not run.sampling.greedy and holds_sampling(run)
+            sampling = run.sampling.on(device) if drawn else run.sampling
             self.run = replace(run, eos=eos, uniforms=uniforms, sampling=sampling)
             self.static = StaticState.like(self._idle_state())
             report = self.static.report
@@ -133,7 +143,7 @@ class StaticStep:
             count = min(self.run.uniforms.shape[1], run.uniforms.shape[1])
             self.run.uniforms[:rows, :count].copy_(run.uniforms[:, :count])
         if self.run.sampling.held is not None:
-            self.run.sampling.held.copy_(torch.tensor(run.sampling.numbers))
+            self.run.sampling.held.copy_(run.sampling.on(torch.device("cpu")).held)
         return replace(self.run, sampling=run.sampling)
 
     def replay(self) -> None:

@@ -320,4 +320,4 @@ def _uniforms(batch: int, count: int, generator: torch.Generator | None, seed: i
         generator = torch.Generator().manual_seed(seed)
     device = generator.device if generator is not None else torch.device("cpu")
     # Position by position, so that a longer limit or another tree leaves the numbers before it as they were.
-    return torch.rand(count, batch, generator=generator, device=device).T.contiguous()
+    return torch.rand(count, batch, generator=generator, dtype=torch.float32, device=device).T.contiguous()

@@ -156,8 +156,11 @@ class Sampling:
 
     @property
     def numbers(self) -> tuple[float, float, float]:
-        """1 / temperature (0 if greedy), 1 - ``top_p`` and ``top_k``: what is computed with, and what `held` holds."""
-        return 0.0 if self.greedy else 1.0 / self.temperature, 1.0 - self.top_p, float(self.top_k)
+        """1 / temperature (0 if greedy), 1 - ``top_p`` and ``top_k``, all exact enough in float32: what is computed with,
+        and what `held` holds."""
+        scale = 0.0 if self.greedy else 1.0 / self.temperature
+        # In float32 the second must stay below 1, or no token is kept; whole numbers are exact up to 2²⁴.
+        return scale, min(1.0 - self.top_p, 1.0 - 2.0**-24), float(min(self.top_k, 1 << 24))
 
     def cuts_rank(self, vocab: int) -> bool:
         """Whether ``top_k`` drops any of ``vocab`` tokens."""

@@ -136,8 +136,8 @@ def near_matches(name: str, count: int = 3) -> list[str]:
     """At most ``count`` preset names or target ids that ``name`` may have meant, likeliest first; often none.
 
     Case and separators don't count. A part of a known name stands for the names it belongs to, if these are few or the
-    part is most of them; a name with something added stands for itself; otherwise only slips of a letter or two are
-    taken for a known name.
+    part is most of them; a name with something added stands for itself, and a target's id without its owner for the pairs
+    it belongs to; otherwise only slips of a letter or two are taken for a known name.
     """
     wanted = _squash(name)
     if len(wanted) < 3:

@@ -33,7 +33,8 @@ def check_config(model: PreTrainedModel, config: PretrainedConfig) -> None:
     for wanted in (("position_ids",), CACHE_ARGUMENTS, ("logits_to_keep",)):
         if not any(argument in parameters for argument in wanted):
             raise UnsupportedModelError(
-                f"{name}.forward takes no {wanted[0]!r}, which a tree pass needs: use a model whose transformers class does"
+                f"{name}.forward takes no {' or '.join(map(repr, wanted))}, which a tree pass needs: use a model whose "
+                "transformers class does"
             )
 
 

@@ -1,4 +1,4 @@
-"""Log-probabilities and ids of the k best logits of each row, in one pass over the logits.
+"""Log-probabilities and ids of the k best logits of each row. The logits are read once, and a few groups of them again.
 
 Contract. logits are [R, V] float16, bfloat16 or float32 with a contiguous last dimension, V ≤ 2³¹ - 2 (made for up to
 262,144), k ≤ 64. Largest first; of equal logits the lower id comes first. A logit of -inf has log-probability -inf, also
