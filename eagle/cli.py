@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from typing import Annotated
 
@@ -67,6 +69,11 @@ def run(command: typer.Typer, name: str, arguments: list[str] | None = None) -> 
         return _fail(error.format_message().replace("Value error, ", "").rstrip(".") + help_line)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EPIPE, errno.EIO):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more as it ends
+        return _fail(f"cannot write the output ({error.strerror}); send it elsewhere")
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not worth an import of torch here
             raise

@@ -159,7 +159,7 @@ def test_kernels_of_single_ops_come_from_the_environment(capsys, monkeypatch):
     assert "as asked for this op" in ops["linear"]["why"]
     assert ops["rms_norm"]["implementation"] == "torch"
     monkeypatch.setenv("EAGLE_KERNELS_LINAER", "torch")
-    assert "linaer" in fails(capsys, "generate", "hi")
+    assert "EAGLE_KERNELS_LINAER" in fails(capsys, "generate", "hi")
 
 
 def _raising(error: BaseException):
@@ -200,6 +200,23 @@ def test_ctrl_c_ends_the_line_on_a_terminal(capsys, monkeypatch, terminals, ende
     printed = capsys.readouterr()
     assert printed.out == "Hello th" + "\n" * (ended == "out")
     assert printed.err == "\n" * (ended == "err")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_can_not_be_written_is_told():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "eagle.cli", "models"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 2
+    assert done.stderr == "error: cannot write the output (No space left on device); send it elsewhere\n"
+
+
+def test_doctor_names_a_cache_that_is_no_folder(capsys, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("EAGLE_CACHE", str(tmp_path / "file"))
+    assert cli.main(["doctor"]) == 1
+    assert "is a file" in capsys.readouterr().out
 
 
 def test_a_bug_is_not_dressed_up_as_a_mistake(monkeypatch, pair):

@@ -279,6 +279,16 @@ def test_total_token_can_be_measured() -> None:
         ({"attention_mask": torch.ones(1, 5)}, r"\[1, 5\], input_ids \[1, 12\]"),
         ({"attention_mask": torch.tensor([[1] * 5 + [0] + [1] * 6])}, "gap"),
         ({"attention_mask": torch.zeros(1, 12)}, "empty"),
+        ({"attention_mask": "x"}, "attention_mask is no rectangular batch"),
+        ({"temperature": "0.7"}, "temperature is '0.7'"),
+        ({"top_p": "a", "temperature": 1.0}, "top_p is 'a'"),
+        ({"top_k": "5", "temperature": 1.0}, "top_k is '5'"),
+        ({"seed": "a", "temperature": 1.0}, "seed is 'a'"),
+        ({"generator": 3, "temperature": 1.0}, "generator is 3"),
+        ({"streamer": 3}, "streamer is 3"),
+        ({"stop_strings": 3}, "stop_strings is 3"),
+        ({"eos_token_id": "a"}, "eos_token_id is 'a'"),
+        ({"eos_token_id": 1.5}, "eos_token_id is 1.5"),
     ],
 )
 def test_bad_arguments_are_named(eagle: EaModel, arguments: dict, words: str) -> None:
@@ -322,6 +332,12 @@ def test_bad_trees_are_named(tree: dict, words: str) -> None:
     model = tiny_target()
     with pytest.raises(InvalidInputError, match=words):
         EaModel(model, tiny_draft(model), **tree)
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("totl_token", "total_token"), ("device", "device_map")])
+def test_a_keyword_that_is_nearly_right(typed: str, meant: str) -> None:
+    with pytest.raises(InvalidInputError, match=f"no '{typed}'; did you mean {meant}"):
+        EaModel.from_pretrained("SmolLM2-135M", **{typed: 8})
 
 
 def test_a_first_call_in_inference_mode_leaves_the_caches_usable() -> None:

@@ -39,7 +39,9 @@ def test_a_folder_is_no_file_and_a_file_no_folder(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match=r"--plot is .*taken\.png, which is a folder"):
         check_plot(taken)
     (tmp_path / "file").write_text("")
-    for path, folder in ((tmp_path / "file", True), (tmp_path / "file" / "x.json", False)):
+    with pytest.raises(InvalidInputError, match="which is a file"):
+        check_out(tmp_path / "file", folder=True)
+    for path, folder in ((tmp_path / "file" / "x", True), (tmp_path / "file" / "x.json", False)):
         with pytest.raises(InvalidInputError, match="cannot write to"):
             check_out(path, folder=folder)
 

@@ -266,11 +266,27 @@ def test_a_conversation_that_does_not_fit_is_an_error(inputs, tmp_path, monkeypa
         ({"greedy_share": 1.5}, "from 0 to 1"),
         ({"attention": "magic"}, "one of auto, flash, dense"),
         ({"lr": float("nan")}, "lr is nan"),
+        ({"device": "foo"}, "device is 'foo', but must be auto, cpu, cuda or cuda:N"),
     ],
 )
 def test_bad_options(inputs, tmp_path, changes, message):
     with pytest.raises(InvalidInputError, match=message):
         _options(inputs, tmp_path / "head", **changes)
+
+
+def test_what_stops_a_run_at_its_start_does_not_stop_the_next(inputs, tmp_path):
+    (tmp_path / "file").write_text("")
+    for changes, message in [
+        ({"out": tmp_path / "file" / "head"}, "--out"),
+        ({"data_folder": tmp_path / "file" / "data"}, "--data-folder"),
+        ({"device": "cuda:99"}, "cuda:99, but torch sees"),
+    ]:
+        with pytest.raises(TrainingError, match=message):
+            train(_options(inputs, **{"out": tmp_path / "head", "steps": 2} | changes))
+    left = tmp_path / "head" / "training" / "data" / "settings.json"
+    left.parent.mkdir(parents=True, exist_ok=True)
+    left.write_text("{}")
+    assert train(_options(inputs, tmp_path / "head", steps=2, data_folder=tmp_path / "data")).finished
 
 
 def test_flash_asked_for_without_a_gpu_is_an_error(inputs, tmp_path):

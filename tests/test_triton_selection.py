@@ -169,7 +169,7 @@ def test_environment():
     assert found == ("triton", {"rms_norm": "torch"})
     for wrong, words in (
         ({"EAGLE_KERNELS": "fast"}, "fast"),
-        ({"EAGLE_KERNELS_LINEAR": "cuda"}, "linear is 'cuda'"),
+        ({"EAGLE_KERNELS_LINEAR": "cuda"}, r"EAGLE_KERNELS_LINEAR\) is 'cuda'"),
         ({"EAGLE_KERNELS_LINAER": "torch"}, r"linaer.*linear"),
     ):
         with pytest.raises(InvalidInputError, match=words):

@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -51,7 +52,11 @@ def diagnose() -> dict[str, Any]:
             )
         )
     cache = cache_report()
-    if not cache["default_model_present"]:
+    if Path(cache["folder"]).is_file():
+        problems.append(
+            problem(f"the cache folder {cache['folder']} is a file", "set EAGLE_CACHE to a folder", fatal=True)
+        )
+    elif not cache["default_model_present"]:
         problems.append(problem(f"{MODEL_DEFAULT} is not in the cache yet", "run 'eagle fetch' (once, with a network)"))
     ops, running = {}, {}
     if not any(entry["fatal"] for entry in problems):

@@ -81,6 +81,8 @@ def generate(
     check_text(text := read_stdin() if prompt == "-" else prompt)
     check_flags(tree, kernels, max_new_tokens)
     sampling = sampling_of(temperature, top_p, top_k)
+    if not all(stop or ()):
+        raise InvalidInputError("--stop is empty; expected the text that ends the reply")
     if compare and not sampling.greedy and seed is None:
         seed = secrets.randbelow(1 << 31)  # both runs must draw the same numbers
     settings = ReplySettings(max_new_tokens, sampling, seed, tuple(stop or ()))

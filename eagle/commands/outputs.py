@@ -20,6 +20,8 @@ def check_out(path: Path | None, option: str = "--out", *, folder: bool = False)
         return
     if not folder and path.is_dir():
         raise InvalidInputError(f"{option} is {path}, which is a folder; give a file's name")
+    if folder and path.is_file():
+        raise InvalidInputError(f"{option} is {path}, which is a file; give a folder's name")
     place = path if folder else path.absolute().parent
     try:
         place.mkdir(parents=True, exist_ok=True)

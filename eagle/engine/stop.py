@@ -20,6 +20,8 @@ class StopStrings:
     """Finds the first token with which a row's text holds one of ``strings``. Raises InvalidInputError for bad ones."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, strings: Iterable[str]) -> None:
+        if not isinstance(strings, Iterable):
+            raise InvalidInputError(f"stop_strings is {strings!r}; expected a string or several")
         given = [strings] if isinstance(strings, str) else list(strings)
         if tokenizer is None:
             raise InvalidInputError(

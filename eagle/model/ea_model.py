@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import time
 import warnings
 from collections.abc import Generator, Iterable
 from contextlib import closing
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from eagle.errors import InvalidInputError
 from eagle.model.drafts import DraftModel
 from eagle.model.engine_control import EngineControl
 from eagle.model.inputs import as_batch, check_sampling, check_tree, token_budgets, token_rows
-from eagle.model.loading import check_widened, ignored_settings, load_pair, load_tokenizer
+from eagle.model.loading import check_settings, check_widened, ignored_settings, load_pair, load_tokenizer
 from eagle.model.locate import locate, no_head
 from eagle.model.ops import Ops, Sampling
 from eagle.model.reference_api import ReferenceMethods
@@ -98,6 +100,7 @@ class EaModel(EngineControl, ReferenceMethods):
         Raises ModelNotFoundError, DownloadError, CheckpointError, UnsupportedModelError, InvalidInputError or, before
         weights are read that can't fit, OutOfMemoryError.
         """
+        check_settings(hf_kwargs)
         location = locate(
             name_or_path,
             ea_model_path,
@@ -252,6 +255,8 @@ class EaModel(EngineControl, ReferenceMethods):
             seed=seed,
             speculative=speculative,
         )
+        if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+            raise InvalidInputError(f"streamer is {streamer!r}; expected an object with 'put' and 'end', or None")
         if streamer is not None and prompt.shape[0] != 1:
             raise InvalidInputError(f"a streamer takes one sequence, got a batch of {prompt.shape[0]}; leave it out")
         if streamer is not None:
@@ -301,7 +306,10 @@ class EaModel(EngineControl, ReferenceMethods):
             return set()
         if isinstance(given, torch.Tensor):
             given = given.flatten().tolist()
-        return {given} if isinstance(given, int) else {int(token) for token in given}
+        try:
+            return {operator.index(token) for token in ([given] if isinstance(given, int) else given)}
+        except TypeError as error:
+            raise InvalidInputError(f"eos_token_id is {given!r}; expected a token id or several") from error
 
     def _pad_id(self, eos: set[int]) -> int:
         owners = (self.base_model.generation_config, self.target.config)
@@ -314,10 +322,12 @@ def _uniforms(batch: int, count: int, generator: torch.Generator | None, seed: i
     brings another, so that one seed gives one text wherever the model runs."""
     if generator is not None and seed is not None:
         raise InvalidInputError("both generator and seed were given; pass one of them")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise InvalidInputError(f"generator is {generator!r}; expected a torch.Generator or None")
     if seed is not None:
-        if not -(1 << 63) <= seed < 1 << 64:
-            raise InvalidInputError(f"seed is {seed}; expected a whole number of at most 64 bits")
-        generator = torch.Generator().manual_seed(seed)
+        if not isinstance(seed, Integral) or not -(1 << 63) <= seed < 1 << 64:
+            raise InvalidInputError(f"seed is {seed!r}; expected a whole number of at most 64 bits")
+        generator = torch.Generator().manual_seed(int(seed))
     device = generator.device if generator is not None else torch.device("cpu")
     # Position by position, so that a longer limit or another tree leaves the numbers before it as they were.
     return torch.rand(count, batch, generator=generator, dtype=torch.float32, device=device).T.contiguous()

@@ -69,7 +69,7 @@ def token_rows(input_ids: Any, attention_mask: Any, vocab_size: int) -> list[lis
                 f"input_ids has dtype {ids.dtype} and shape {list(ids.shape)}; expected integers of shape [T] or [B, T]"
             )
         ids = ids[None] if ids.dim() == 1 else ids
-        mask = torch.ones_like(ids) if attention_mask is None else torch.as_tensor(attention_mask)
+        mask = torch.ones_like(ids) if attention_mask is None else as_batch(attention_mask, "attention_mask")
         mask = mask[None] if mask.dim() == 1 else mask
         if mask.shape != ids.shape:
             raise InvalidInputError(
@@ -121,17 +121,17 @@ def token_budgets(
     return [min(*limits, context - length) for length in lengths]
 
 
-def as_batch(input_ids: Any) -> torch.Tensor:
-    """Token ids as a tensor [B, T]. Raises InvalidInputError for what is no rectangular batch."""
-    if isinstance(input_ids, Mapping):  # what transformers 5's apply_chat_template and tokenizers return
+def as_batch(given: Any, name: str = "input_ids") -> torch.Tensor:
+    """Token ids, or what else has one number for each, as a tensor [B, T]. Raises InvalidInputError for what is no
+    rectangular batch."""
+    if isinstance(given, Mapping):  # what transformers 5's apply_chat_template and tokenizers return
         raise InvalidInputError(
-            f"input_ids is a {type(input_ids).__name__}; pass its 'input_ids' and, where rows are padded, its "
-            "'attention_mask'"
+            f"{name} is a {type(given).__name__}; pass its 'input_ids' and, where rows are padded, its 'attention_mask'"
         )
     try:
-        ids = torch.as_tensor(input_ids)
+        ids = torch.as_tensor(given)
     except (ValueError, TypeError, RuntimeError) as error:
         raise InvalidInputError(
-            f"input_ids is no rectangular batch of ids ({error}); pad the rows and pass an attention_mask"
+            f"{name} is no rectangular batch of numbers ({error}); pad the rows and pass an attention_mask"
         ) from error
     return ids[None] if ids.dim() == 1 else ids

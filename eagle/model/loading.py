@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import pickle
 from typing import Any
@@ -20,6 +21,27 @@ from eagle.model.hub import ensure_local
 from eagle.model.locate import RANDOM_DRAFT, ModelLocation
 from eagle.model.memory import check_fits, check_memory
 from eagle.model.widened import SmallPair, build_in_memory, part_bytes, shape_of
+
+OWN_SETTINGS = (
+    "ea_model_path",
+    "base_model_path",
+    "use_eagle3",
+    "total_token",
+    "depth",
+    "top_k",
+    "threshold",
+    "in_memory",
+)
+"""Keywords of `EaModel.from_pretrained` itself; all others are transformers'."""
+
+
+def check_settings(hf_kwargs: dict[str, Any]) -> None:
+    """Refuse a keyword meant for transformers that is nearly one of ours, or nearly ``device_map``. Raises
+    InvalidInputError."""
+    for name in hf_kwargs:
+        close = ["device_map"] if name == "device" else difflib.get_close_matches(name, OWN_SETTINGS, n=1, cutoff=0.8)
+        if close:
+            raise InvalidInputError(f"from_pretrained takes no {name!r}; did you mean {close[0]}?")
 
 
 def load_pair(

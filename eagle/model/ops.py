@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -143,12 +143,14 @@ class Sampling:
     held: torch.Tensor | None = field(default=None, compare=False, repr=False)  # [3] float32
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < float("inf"):
-            raise InvalidInputError(f"temperature is {self.temperature}; expected 0 (greedy) or a positive number")
-        if not 0.0 <= self.top_p <= 1.0:
-            raise InvalidInputError(f"top_p is {self.top_p}; expected a number from 0 to 1 (0 and 1 both turn it off)")
+        if not isinstance(self.temperature, Real) or not 0.0 <= self.temperature < float("inf"):
+            raise InvalidInputError(f"temperature is {self.temperature!r}; expected 0 (greedy) or a positive number")
+        if not isinstance(self.top_p, Real) or not 0.0 <= self.top_p <= 1.0:
+            raise InvalidInputError(
+                f"top_p is {self.top_p!r}; expected a number from 0 to 1 (0 and 1 both turn it off)"
+            )
         if not isinstance(self.top_k, Integral) or self.top_k < 0:
-            raise InvalidInputError(f"top_k is {self.top_k}; expected a whole number of at least 0 (0 turns it off)")
+            raise InvalidInputError(f"top_k is {self.top_k!r}; expected a whole number of at least 0 (0 turns it off)")
 
     @property
     def greedy(self) -> bool:

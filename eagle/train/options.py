@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -97,6 +98,8 @@ class TrainOptions:
         for name in ("warmup", "greedy_share", "weight_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InvalidInputError(f"{name} is {getattr(self, name)}, but must be from 0 to 1")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise InvalidInputError(f"device is {self.device!r}, but must be auto, cpu, cuda or cuda:N")
         for name, allowed in (("attention", ("auto", "flash", "dense")), ("compile", ("auto", "on", "off"))):
             if getattr(self, name) not in allowed:
                 raise InvalidInputError(f"{name} is {getattr(self, name)!r}, but must be one of {', '.join(allowed)}")

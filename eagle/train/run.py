@@ -21,7 +21,16 @@ from eagle.train.model import Eagle3Head
 from eagle.train.options import TrainOptions
 from eagle.train.profile import profile
 from eagle.train.report import model_card, plot_accuracy
-from eagle.train.setup import choose_backends, end_tokens, head_config, load_target, prepare_data, say
+from eagle.train.selfchat import SETTINGS
+from eagle.train.setup import (
+    choose_backends,
+    end_tokens,
+    head_config,
+    load_target,
+    prepare_data,
+    say,
+    training_device,
+)
 from eagle.train.step import TrainStep, teacher_rows
 from eagle.train.vocab import choose_vocabulary, draft_first, offsets
 
@@ -59,7 +68,7 @@ def _prepare_folder(options: TrainOptions) -> Path:
     if distributed.first():
         if options.out.exists() and not options.out.is_dir():
             raise TrainingError(f"{options.out} is a file, but the head needs a folder: give another --out")
-        if options.out.is_dir() and any(options.out.iterdir()):
+        if options.out.is_dir() and _holds_work(options.out):
             if not (options.overwrite or options.resume):
                 raise TrainingError(
                     f"{options.out} exists and is not empty: give --resume to go on with its training, --overwrite to "
@@ -69,15 +78,28 @@ def _prepare_folder(options: TrainOptions) -> Path:
                 shutil.rmtree(work, ignore_errors=True)
                 for name in _WRITTEN:
                     (options.out / name).unlink(missing_ok=True)
-        work.mkdir(parents=True, exist_ok=True)
+        for folder, option in ((work, "--out"), (options.data_folder, "--data-folder")):
+            try:
+                if folder is not None:
+                    folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise TrainingError(
+                    f"cannot make the folder {folder} ({error.strerror}): give another {option}"
+                ) from error
     distributed.barrier()
     return work
+
+
+def _holds_work(folder: Path) -> bool:
+    """Whether a folder has files other than the settings that a start leaves before it has any data."""
+    return any(path.is_file() and path.name != SETTINGS for path in folder.rglob("*"))
 
 
 def _train(options: TrainOptions, began: float) -> TrainResult:
     deadline = None if options.pause_after is None else began + options.pause_after
     if options.data is not None and not options.data.is_file():
         raise TrainingError(f"no data file {options.data}: give --data a .jsonl file of conversations")
+    training_device(options.device)
     work = _prepare_folder(options)
     target, tokenizer = load_target(options)
     config = head_config(options, target)

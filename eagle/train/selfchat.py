@@ -26,6 +26,9 @@ SHORTEST_ANSWER = 4
 SHORTEST_TURN = 96
 """Slots that a second turn needs to be worth starting."""
 
+SETTINGS = "settings.json"
+"""What a folder's data were made with."""
+
 
 @dataclass(frozen=True)
 class ChatSettings:
@@ -159,7 +162,7 @@ def settings_match(folder: Path, settings: dict[str, Any]) -> None:
     Raises:
         TrainingError: the folder's data were made with other settings; both are named.
     """
-    path = folder / "settings.json"
+    path = folder / SETTINGS
     if path.is_file():
         there = json.loads(path.read_text())
         for key in sorted({*there, *settings}):

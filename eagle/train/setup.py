@@ -55,11 +55,19 @@ def check_cache_fits(target: Target, rows: int, slots: int) -> None:
         )
 
 
+def training_device(asked: str) -> str:
+    """The device of ``--device``. Raises TrainingError for a GPU that is not there."""
+    if asked == "auto":
+        return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+    count, number = torch.cuda.device_count(), int(asked.partition(":")[2] or 0)
+    if asked != "cpu" and number >= count:
+        raise TrainingError(f"device is {asked}, but torch sees {count} GPUs: give another --device, auto or cpu")
+    return asked
+
+
 def load_target(options: TrainOptions) -> tuple[Target, Any]:
     """The frozen target and its tokenizer; bf16 on a GPU, fp32 on the CPU."""
-    device = options.device
-    if device == "auto":
-        device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+    device = training_device(options.device)
     folder = Path(options.model).expanduser()
     if not (folder / "config.json").is_file():
         from eagle.model.hub import ensure_local

@@ -257,12 +257,13 @@ def _name(dtype: torch.dtype) -> str:
 def check_names(request: str, overrides: Mapping[str, str]) -> None:
     """Raise InvalidInputError for a request or an op that does not exist."""
     for op, wanted in {"": request, **overrides}.items():
+        variable = f"{VARIABLE}_{str(op).upper()}"
         if wanted not in REQUESTS and (op, wanted) != ("attention", FLASH):
-            what = f"kernels for {op}" if op else f"kernels (--kernels, {VARIABLE})"
+            what = f"kernels for {op} (overrides, {variable})" if op else f"kernels (--kernels, {VARIABLE})"
             expected = "auto, torch, triton or flash" if op == "attention" else "auto, torch or triton"
             raise InvalidInputError(f"{what} is {wanted!r}; expected {expected}")
         if op and op not in OPS:
-            raise InvalidInputError(f"no op is called {op!r}; expected one of {', '.join(OPS)}")
+            raise InvalidInputError(f"no op is called {op!r} (overrides, {variable}); expected one of {', '.join(OPS)}")
 
 
 def from_environment(environment: Mapping[str, str] | None = None) -> tuple[str, dict[str, str]]:
