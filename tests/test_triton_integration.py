@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import torch
 
@@ -14,11 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_draft, tiny_target
 
+from eagle.engine.graphs import holds_sampling
 from eagle.errors import InvalidInputError
 from eagle.model.ea_model import EaModel
 from eagle.model.ops import Ops
 from eagle.model.torch_ops import TORCH_OPS
 from eagle.model.triton_kernels import optimize_eagle_with_triton, restore_eagle
+from eagle.model.triton_kernels.dispatch import Served
 from eagle.model.triton_kernels.selection import OPS
 
 pytest.importorskip("triton")
@@ -92,6 +95,12 @@ def test_same_tokens_with_kernels(kind, rows, sampling):
     assert {op for op, calls in served.items() if calls == 0} <= unused
     if DEVICE == "cpu":
         assert torch.equal(model.base_model.generate(ids, max_new_tokens=2, do_sample=False)[:, :3], ids)
+
+
+def test_a_captured_step_reads_the_numbers_of_its_sampling_on_the_device() -> None:
+    model, _ = optimize_eagle_with_triton(small("eagle3"), fused="off", **ON)
+    assert isinstance(model.ops.evaluate_posterior, Served)
+    assert holds_sampling(SimpleNamespace(ops=model.ops))
 
 
 def counted(function, op, calls):
