@@ -170,11 +170,11 @@ def test_asking_for_what_cannot_serve_is_an_error(change: dict, dtype: torch.dty
 
 def test_only_attention_can_be_asked_for() -> None:
     assert from_environment({"EAGLE_KERNELS_ATTENTION": "flash"}) == ("auto", ASKED)
-    with pytest.raises(InvalidInputError, match=r"linear is 'flash'; expected auto, torch or triton$"):
+    with pytest.raises(InvalidInputError, match=r"EAGLE_KERNELS_LINEAR\) is 'flash'; expected auto, torch or triton$"):
         from_environment({"EAGLE_KERNELS_LINEAR": "flash"})
     with pytest.raises(InvalidInputError, match=r"is 'flash'; expected auto, torch or triton$"):
         from_environment({"EAGLE_KERNELS": "flash"})
-    with pytest.raises(InvalidInputError, match=r"attention is 'fast'; expected auto, torch, triton or flash"):
+    with pytest.raises(InvalidInputError, match=r"attention .*EAGLE_KERNELS_ATTENTION\) is 'fast'; expected auto, torch, triton or flash"):
         from_environment({"EAGLE_KERNELS_ATTENTION": "fast"})
 
 
