@@ -88,6 +88,21 @@ def test_the_command_records_how_exact_it_was(options, exact, said, tmp_path, ca
     assert all(row["exact"] == exact and row["equal"] == 2 and row["step_ms"] > 0 for row in rows)
 
 
+def test_a_run_that_is_cut_off_leaves_what_it_had(tmp_path, monkeypatch) -> None:
+    pair, out, decode, runs = save_pair(tmp_path / "pair"), tmp_path / "found.json", equality._decode, []
+
+    def cut_off(*args, **options):
+        runs.append(args)
+        if len(runs) == 3:
+            raise KeyboardInterrupt
+        return decode(*args, **options)
+
+    monkeypatch.setattr(equality, "_decode", cut_off)
+    command = ["bench", "equality", "--model", str(pair), "--limit", "2", "-n", "4", "--tree", "8,2,3", "--batch", "1"]
+    assert main([*command, "--batch", "2", "--out", str(out)]) == 130
+    assert [row["name"] for row in json.loads(out.read_text())["results"]] == ["plain", "8,2,3"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has the kernels that it asks for")
 def test_exactness_that_no_kernel_gives_is_refused_and_not_claimed(tmp_path, capsys) -> None:
     command = ["bench", "equality", "--model", str(save_pair(tmp_path / "pair")), "--limit", "1", "-n", "2"]

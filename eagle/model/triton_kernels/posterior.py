@@ -102,13 +102,12 @@ def evaluate_posterior(
     [0, 1), one for each token that may be committed, required unless greedy. Raises ValueError for a dtype, device,
     stride or size outside the module's contract.
     """
-    _check(logits, tree, path)
+    _check(logits, tree, path, sampling)
     if sampling.greedy:
         return _walk(_argmax_keys(logits), tree, path)
     if uniforms is None:
         raise ValueError(f"sampling at temperature {sampling.temperature} needs uniforms [B, {path}], got None")
     check_dense(uniforms, "uniforms", logits, (logits.shape[0], path), torch.float32)
-    _check_held(sampling, logits)
     if debugging():
         check_values((uniforms >= 0) & (uniforms < 1), "uniforms must lie in [0, 1)", uniforms=uniforms)
     return _walk(draw_keys(logits, tree.depths, sampling, uniforms, None, None), tree, path)
@@ -124,19 +123,18 @@ def evaluate_posterior_seeded(
     plain and EAGLE decoding of one seed draw alike; `sampling.philox_uniforms` gives the same numbers. Both are ignored
     when greedy. Raises ValueError as `evaluate_posterior`.
     """
-    _check(logits, tree, path)
+    _check(logits, tree, path, sampling)
     if sampling.greedy:
         return _walk(_argmax_keys(logits), tree, path)
     for name, x in (("seeds", seeds), ("offsets", offsets)):
         check_dense(x, name, logits, (logits.shape[0],), torch.int64)
-    _check_held(sampling, logits)
     if debugging():
         fine = (offsets >= 0) & (offsets <= 2**31 - path)
         check_values(fine, f"offsets must lie from 0 to 2³¹ - {path}", offsets=offsets)
     return _walk(draw_keys(logits, tree.depths, sampling, None, seeds, offsets), tree, path)
 
 
-def _check(logits: torch.Tensor, tree: DraftTree, path: int) -> None:
+def _check(logits: torch.Tensor, tree: DraftTree, path: int, sampling: Sampling) -> None:
     check_float(logits, "logits")
     if logits.dim() != 3 or not 1 <= logits.shape[1] <= MAX_NODES or logits.shape[2] == 0 or path < 1:
         raise ValueError(
@@ -148,13 +146,10 @@ def _check(logits: torch.Tensor, tree: DraftTree, path: int) -> None:
         raise ValueError(f"logits {tuple(logits.shape)} has strides {logits.stride()}; expected rows at one stride")
     for name in ("tokens", "parents", "depths"):
         check_dense(getattr(tree, name), f"tree.{name}", logits, (batch, nodes), torch.int64)
-    check_range(tree.parents, "tree.parents", -1, nodes)
-    check_range(tree.depths, "tree.depths", 0, nodes)
-
-
-def _check_held(sampling: Sampling, logits: torch.Tensor) -> None:
     if sampling.held is not None:
         check_dense(sampling.held, "sampling.held", logits, (len(sampling.numbers),), torch.float32)
+    check_range(tree.parents, "tree.parents", -1, nodes)
+    check_range(tree.depths, "tree.depths", 0, nodes)
 
 
 def _argmax_keys(logits: torch.Tensor) -> torch.Tensor:

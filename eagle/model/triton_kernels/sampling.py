@@ -307,7 +307,7 @@ def draw_keys(
     tops, sums = logits.new_empty((2, rows, chunks), dtype=torch.float32)
     maxima = logits.new_empty((rows, groups), dtype=torch.float32)
     seeded = seeds is not None
-    scale, drop_share, _ = sampling.numbers
+    scale, drop_share, rank = sampling.numbers
     path = 1 if uniforms is None else uniforms.shape[1]
     top_k, top_p = sampling.cuts_rank(vocab), sampling.cuts_share
     chance = (
@@ -372,7 +372,7 @@ def draw_keys(
             nodes,
             path,
             drop_share,
-            sampling.top_k,
+            int(rank),
             SEEDED=seeded,
             TOP_K=top_k,
             TOP_P=top_p,
