@@ -43,12 +43,19 @@ def _nothing_measured(monkeypatch):
     monkeypatch.setattr(selection, "MEASURED", {})
 
 
+@pytest.mark.parametrize("table", ["NVIDIA H100", "NVIDIA H200"])
 @pytest.mark.parametrize("dtype", [BF16, torch.float16, FP32], ids=str)
 @pytest.mark.parametrize("op", OPS)
-def test_the_measured_gpu_takes_every_kernel(op, dtype, monkeypatch):
+def test_a_measured_gpu_takes_every_kernel(op, dtype, table, monkeypatch):
     monkeypatch.setattr(selection, "MEASURED", SHIPPED)
-    assert choose(op, dtype, {"causal_rows": 512}, H100).implementation == "triton"
-    assert choose(op, dtype, {}, H100).reason == "measured on NVIDIA H100"
+    hardware = replace(H100, name=f"{table} NVL")
+    assert choose(op, dtype, {"causal_rows": 512}, hardware).implementation == "triton"
+    assert choose(op, dtype, {}, hardware).reason == f"measured on {table}"
+
+
+def test_a_name_that_only_resembles_a_measured_one_is_not_it(monkeypatch):
+    monkeypatch.setattr(selection, "MEASURED", SHIPPED)
+    assert "no measurement" in choose("linear", BF16, {}, replace(H100, name="NVIDIA GH200 480GB")).reason
 
 
 @pytest.mark.parametrize("op", OPS)
