@@ -94,6 +94,44 @@ def test_each_row_of_a_batch_is_what_it_is_alone(eagle: EaModel, side: str) -> N
         assert set(got[len(wanted) :]) <= {16}
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_found_as_transformers_finds_it(eagle: EaModel, side: str, recwarn: pytest.WarningsRecorder) -> None:
+    rows, pad = [prompt(n)[0] % 11 for n in (3, 14, 9)], 11
+    rows[1][5] = pad  # inside a row it is text
+    alone = [eagle.generate(row, max_new_tokens=6, pad_token_id=pad)[0, len(row) :].tolist() for row in rows]
+    ids = torch.full((3, 14), pad)
+    for index, row in enumerate(rows):
+        ids[index, slice(14 - len(row), 14) if side == "left" else slice(0, len(row))] = row
+    for given in (ids, ids.tolist()):
+        out = eagle.generate(given, max_new_tokens=6, pad_token_id=pad)
+        assert out[:, 14:].tolist() == alone
+    assert not recwarn
+
+
+def test_padding_that_may_be_text_is_warned_of(eagle: EaModel) -> None:
+    row = prompt(9)[0] % 11
+    ids = torch.stack((row, torch.cat((row[:-2], torch.tensor([11, 11])))))
+    with pytest.warns(UserWarning, match="token 11, which both pads and ends text"):
+        out = eagle.generate(ids, max_new_tokens=6, pad_token_id=11, eos_token_id=11)
+    wanted = eagle.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, pad_token_id=11, eos_token_id=11
+    )
+    assert torch.equal(out, wanted)
+
+
+def test_do_sample_is_transformers_word(eagle: EaModel) -> None:
+    ids = prompt()
+    greedy, sampled = (
+        eagle.generate(ids, max_new_tokens=20),
+        eagle.generate(ids, temperature=1.0, seed=3, max_new_tokens=20),
+    )
+    assert not torch.equal(greedy, sampled)
+    assert torch.equal(eagle.generate(ids, do_sample=False, temperature=1.0, max_new_tokens=20), greedy)
+    assert torch.equal(eagle.generate(ids, do_sample=True, seed=3, max_new_tokens=20), sampled)
+    warm = {"temperature": 0.7, "seed": 3, "max_new_tokens": 20}
+    assert torch.equal(eagle.generate(ids, do_sample=True, **warm), eagle.generate(ids, **warm))
+
+
 def test_reference_methods(eagle: EaModel) -> None:
     ids = prompt()
     out, new_tokens, last_step = eagle.eagenerate(ids, max_new_tokens=30, log=True)
@@ -271,6 +309,8 @@ def test_total_token_can_be_measured() -> None:
         ({"max_length": 12}, "max_length is 12, but the prompt alone has 12"),
         ({"temperature": -0.1}, "temperature is -0.1"),
         ({"temperature": float("nan")}, "temperature is nan"),
+        ({"do_sample": True, "temperature": 0.0}, "do_sample is True, but temperature 0"),
+        ({"do_sample": 3}, "do_sample is 3"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"top_p": -0.1}, "top_p is -0.1"),
         ({"top_k": -1}, "top_k is -1"),

@@ -14,8 +14,8 @@ from tiny_folder import save_pair
 import eagle
 from eagle.bench import compare, provenance
 from eagle.cli import main, run
-from eagle.commands import benchmark, integration_test
-from eagle.commands.measuring import headline, machine, room_for_steps, settle_tree
+from eagle.commands import benchmark, integration_test, measuring
+from eagle.commands.measuring import headline, machine, progress, room_for_steps, settle_tree
 from eagle.engine.tree_choice import TreeFigures
 from eagle.errors import InvalidInputError
 from eagle.model.ea_model import EaModel
@@ -109,6 +109,17 @@ def test_the_headline_names_one_byte_weights():
     assert headline("m", model).startswith("m, float32, tree 20/3/4, on ")
     optimize_eagle_with_triton(model, target_dtype="int8", draft_dtype="int8")
     assert "float32, target's weights in int8, draft's weights in int8, tree" in headline("m", model)
+
+
+def test_a_log_gets_progress_in_lines(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(measuring.time, "monotonic", lambda: now[0])
+    with progress() as told:
+        for done in range(4):
+            told("EAGLE", done, 8)
+            now[0] += measuring.LINE_SECONDS / 2
+        told("plain", 4, 8)
+    assert capsys.readouterr().err.splitlines() == ["EAGLE: 0 of 8", "EAGLE: 2 of 8", "plain: 4 of 8"]
 
 
 def test_figures_say_where_they_come_from():

@@ -60,6 +60,39 @@ def test_a_failed_installer_gives_its_last_line(tmp_path, monkeypatch):
         wheel.download("pkg==1.0", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("broken", "told"),
+    [
+        (
+            "NewConnectionError('<pip._vendor.urllib3.connection.HTTPSConnection object at 0x7f>: Failed to establish a new "
+            "connection: [Errno 111] Connection refused')",
+            "Failed to establish a new connection: [Errno 111] Connection refused",
+        ),
+        (
+            """NameResolutionError("<pip._vendor.urllib3.connection.HTTPSConnection object at 0x7f>: Failed to resolve """
+            """'pypi.org' ([Errno -3] Temporary failure in name resolution)")""",
+            "Failed to resolve 'pypi.org' ([Errno -3] Temporary failure in name resolution)",
+        ),
+        (
+            """ReadTimeoutError("HTTPSConnectionPool(host='pypi.org', port=443): Read timed out. (read timeout=15.0)")""",
+            "HTTPSConnectionPool(host='pypi.org', port=443): Read timed out. (read timeout=15.0)",
+        ),
+        (
+            "ProxyError('Cannot connect to proxy.', NewConnectionError('<pip._vendor.urllib3.connection.HTTPSConnection "
+            "object at 0x7f>: Failed to establish a new connection: [Errno 111] Connection refused'))",
+            "cannot connect to proxy: Failed to establish a new connection: [Errno 111] Connection refused",
+        ),
+    ],
+)
+def test_a_broken_connection_is_told_without_pips_objects(broken, told, tmp_path, monkeypatch):
+    retry = f"WARNING: Retrying (Retry(total=0, connect=None)) after connection broken by '{broken}': /simple/pkg/"
+    output = f"{retry}\nERROR: No matching distribution found for pkg==1.0\n"
+    monkeypatch.setattr(wheel, "run_installer", lambda *args: (1, output))
+    with pytest.raises(DownloadError) as error:
+        wheel.download("pkg==1.0", tmp_path)
+    assert str(error.value) == f"could not fetch pkg==1.0 from the package index: {told}"
+
+
 def test_an_installer_without_disk_space(tmp_path, monkeypatch):
     output = "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device\n"
     monkeypatch.setattr(wheel, "run_installer", lambda *args: (1, output))

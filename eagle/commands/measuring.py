@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from eagle.model.ea_model import EaModel
 
 FEW_TOKENS = 16
+
+LINE_SECONDS = 10.0
+"""Between lines of progress, where standard error is no terminal."""
 
 NEEDS_GPU = "eagle bench {} needs a CUDA device, and this process sees none; eagle doctor shows what it sees"
 
@@ -139,15 +144,32 @@ def kernels_line(model: EaModel) -> str:
 
 @contextmanager
 def progress(what: str = "runs") -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on standard error, where that is a terminal. → a function to tell what runs now, how much is done and how
-    much there is."""
+    """A bar on standard error; where that is no terminal, a line at times. → a function to tell what runs now, how much
+    is done and how much there is."""
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    if not console.is_terminal:
+        yield _told_in_lines()
+        return
+    with Progress(console=console, transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda name, done, total: bar.update(task, description=name, completed=done, total=total)
+
+
+def _told_in_lines() -> Callable[[str, int, int], None]:
+    """For a log: a line where another thing begins, and every LINE_SECONDS."""
+    last, said = "", 0.0
+
+    def tell(name: str, done: int, total: int) -> None:
+        nonlocal last, said
+        now = time.monotonic()
+        if name != last or now - said >= LINE_SECONDS:
+            last, said = name, now
+            print(f"{name}: {done} of {total}", file=sys.stderr, flush=True)
+
+    return tell
 
 
 @contextmanager

@@ -19,7 +19,15 @@ from eagle.engine.stop import StopStrings, until_stopped
 from eagle.errors import InvalidInputError
 from eagle.model.drafts import DraftModel
 from eagle.model.engine_control import EngineControl
-from eagle.model.inputs import as_batch, check_sampling, check_tree, token_budgets, token_rows
+from eagle.model.inputs import (
+    as_batch,
+    asked_temperature,
+    check_sampling,
+    check_tree,
+    padding_mask,
+    token_budgets,
+    token_rows,
+)
 from eagle.model.loading import check_settings, check_widened, ignored_settings, load_pair, load_tokenizer
 from eagle.model.locate import locate, no_head
 from eagle.model.ops import Ops, Sampling
@@ -220,7 +228,8 @@ class EaModel(EngineControl, ReferenceMethods):
         attention_mask: Any = None,
         max_new_tokens: int | None = None,
         max_length: int | None = None,
-        temperature: float = 0.0,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
         top_p: float = 1.0,
         top_k: int = 0,
         eos_token_id: int | Iterable[int] | None = None,
@@ -233,16 +242,21 @@ class EaModel(EngineControl, ReferenceMethods):
     ) -> torch.Tensor:
         """Generate as transformers' ``generate`` does: prompt and new tokens, [B, T + new], int64.
 
-        input_ids: [B, T] or [T], with ``attention_mask`` if rows are padded, on either side. Rows that end early are
-        filled with ``pad_token_id``. temperature 0 is greedy; top_k cuts before top_p. Output ends at an end token (the
-        generation config's unless given) and never exceeds max_new_tokens, max_length (prompt included) or the model's
-        context; with neither limit, at most 512 new tokens. A row also ends with the token that completes one of
-        stop_strings, which need the tokenizer. streamer: an object with ``put`` and ``end``, one sequence.
+        input_ids: [B, T] or [T], with ``attention_mask`` if rows are padded, on either side; without it, padding is found
+        where the padding token ends no text. Rows that end early are filled with ``pad_token_id``. No temperature, 0 or
+        do_sample=False is greedy; do_sample=True without a temperature samples at 1; top_k cuts before top_p. Output ends
+        at an end token (the generation config's unless given) and never exceeds max_new_tokens, max_length (prompt
+        included) or the model's context; with neither limit, at most 512 new tokens. A row also ends with the token that
+        completes one of stop_strings, which need the tokenizer. streamer: an object with ``put`` and ``end``, one sequence.
         speculative=False is plain decoding on the same path. Raises InvalidInputError.
         """
         prompt = as_batch(input_ids)
-        sampling = check_sampling(temperature, top_p, top_k, top_k_first=True)
+        sampling = check_sampling(asked_temperature(do_sample, temperature), top_p, top_k, top_k_first=True)
         eos = self._eos_ids(eos_token_id)
+        if attention_mask is None:
+            known = self._known_pad_id() if pad_token_id is None else pad_token_id
+            attention_mask = padding_mask(prompt, known, eos)
+            input_ids = input_ids if attention_mask is None else prompt
         steps = self.stream(
             input_ids,
             attention_mask=attention_mask,
@@ -311,10 +325,14 @@ class EaModel(EngineControl, ReferenceMethods):
         except TypeError as error:
             raise InvalidInputError(f"eos_token_id is {given!r}; expected a token id or several") from error
 
-    def _pad_id(self, eos: set[int]) -> int:
+    def _known_pad_id(self) -> int | None:
         owners = (self.base_model.generation_config, self.target.config)
         known = [getattr(owner, "pad_token_id", None) for owner in owners]
-        return next((pad for pad in (*known, *sorted(eos)) if isinstance(pad, int) and pad >= 0), 0)
+        return next((pad for pad in known if isinstance(pad, int) and pad >= 0), None)
+
+    def _pad_id(self, eos: set[int]) -> int:
+        known = self._known_pad_id()
+        return min(eos, default=0) if known is None else known
 
 
 def _uniforms(batch: int, count: int, generator: torch.Generator | None, seed: int | None) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,39 @@ def check_sampling(
     # The reference treats temperatures up to 1e-5 as greedy.
     temperature = 0.0 if asked.temperature <= 1e-5 else float(asked.temperature)
     return Sampling(temperature, float(asked.top_p), asked.top_k, top_k_first)
+
+
+def asked_temperature(do_sample: bool | None, temperature: float | None) -> float | None:
+    """The temperature that transformers' ``do_sample`` and a temperature stand for: False is greedy whatever the
+    temperature; True samples, at 1 where no temperature is given. Raises InvalidInputError for True at temperature 0."""
+    if do_sample is not None and not isinstance(do_sample, bool):
+        raise InvalidInputError(f"do_sample is {do_sample!r}; expected True, False or None")
+    if do_sample is None:
+        return temperature
+    if do_sample and temperature == 0:
+        raise InvalidInputError(
+            "do_sample is True, but temperature 0 is greedy; give a temperature above 0, or leave it out"
+        )
+    return (1.0 if temperature is None else temperature) if do_sample else 0.0
+
+
+def padding_mask(ids: torch.Tensor, pad: int | None, eos: set[int]) -> torch.Tensor | None:
+    """The mask of prompts [B, T] that came without one, by transformers' rule: where the padding token is no end token,
+    0 for it at either end of a row. None where nothing is padding and, for a batch with a warning, where an end token
+    may be."""
+    if pad is None or ids.dim() != 2 or ids.numel() == 0:
+        return None
+    other = (ids != pad).long()
+    inside = (other.cumsum(1) > 0) & (other.flip(1).cumsum(1).flip(1) > 0)
+    if bool(inside.all()):
+        return None
+    if pad in eos and ids.shape[0] > 1:
+        warnings.warn(
+            f"rows begin or end with token {pad}, which both pads and ends text here, and no attention_mask was given: it "
+            "is taken for text; pass the tokenizer's attention_mask if it is padding",
+            stacklevel=3,
+        )
+    return None if pad in eos else inside
 
 
 def _whole(value: float) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -36,13 +37,23 @@ def download(requirement: str, folder: Path, on_bytes: Callable[[int], None] = l
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     # pip ends with "no matching distribution" also where it could not connect; what it tried says more.
     failures = [line for line in lines if "connection" in line.lower() or "resolve" in line.lower()]
-    last = (failures or lines or [f"exit code {code}, no output"])[-1]
+    last = _reason((failures or lines or [f"exit code {code}, no output"])[-1])
     if "No space left on device" in output:
         free = shutil.disk_usage(folder).free
         raise OutOfMemoryError(
             f"no disk space left in {folder} while fetching {requirement} ({free / 1e6:.0f} MB free)"
         )
     raise DownloadError(f"could not fetch {requirement} from the package index: {last}")
+
+
+def _reason(line: str) -> str:
+    """An installer's line; of pip's about a retry, only what broke the connection, without its objects."""
+    broken = re.search(r"connection broken by '(.*)': \S*$", line)
+    if broken is None:
+        return line
+    what = re.sub(r"^.*>: |^\w+\(['\"]", "", broken[1]).rstrip("'\")")
+    what += ")" * (what.count("(") - what.count(")"))
+    return f"cannot connect to proxy: {what}" if "ProxyError" in broken[1] else what
 
 
 def installer_command(requirement: str, folder: Path) -> list[str]:

@@ -179,6 +179,10 @@ def prepare_data(
         capture=target.device.type == "cuda",
     )  # fmt: skip
     goal = options.tokens // distributed.world()
+    if target.device.type == "cpu":
+        say(
+            f"data: a CPU is slow at writing {options.tokens:,} tokens; --tokens asks for fewer, --data takes your own file"
+        )
     with Bar("writing conversations", quiet=not distributed.first()) as bar:
         total = write_conversations(
             sampler,

@@ -137,13 +137,14 @@ def prefill_config(size: int, v_size: int, dtype: torch.dtype, capability: tuple
     if capability is None:
         return PrefillConfig(16, 16, warps=4, stages=1)
     roomy = capability in LARGE_SHARED_MEMORY
-    narrow = capability[0] == HOPPER and wide <= 64  # few heads, few programs: shorter tiles fill more of the device
+    hopper = capability[0] == HOPPER
     if dtype == torch.float32:
-        if narrow:  # 9 / 3 heads: 395, in blocks of 32 keys 534, [64] 456 (SDPA 997)
-            return PrefillConfig(32, 64, warps=4, stages=3)
+        if hopper and wide <= 128:
+            # 9 / 3 heads of 64: 395, in blocks of 32 keys 534, [64] 456 (SDPA 997); 32 / 8 of 128: 774, 874 (SDPA 919).
+            return PrefillConfig(32, 64, warps=4, stages=3 if wide <= 64 else 2)
         deep = wide <= 128 or (roomy and capability >= (9, 0))  # with heads of 256 two stages take 168 KiB
         return PrefillConfig(32, 32, warps=4, stages=2 if deep else 1)
-    if narrow:  # 9 / 3 heads: 80, [128] 119, in blocks of 128 keys 85 (SDPA 142)
+    if hopper and wide <= 64:  # 9 / 3 heads, few programs: 80, [128] 119, in blocks of 128 keys 85 (SDPA 142)
         return PrefillConfig(64, 64, warps=4, stages=3)
     if wide <= 128:  # 32 / 8 heads of 128: 89, [64] 94 (SDPA 127)
         return PrefillConfig(128, 64, warps=8, stages=3 if roomy else 2)
