@@ -67,10 +67,9 @@ def decode(
     stats.prompt_tokens, stats.reused_tokens = sum(lengths), reused
     try:
         state = prefill(run, prompts, budgets, reused, chunks)
-        steps: Steps = EagerSteps(run, state)
-        new, done = steps.read()
-        if static is not None:
-            steps = StaticSteps(static, state)
+        first = EagerSteps(run, state)
+        steps: Steps = first if static is None else StaticSteps(static, state)  # queued before the host waits
+        new, done = first.read()
         stats.prefill_seconds = time.perf_counter() - started - (stats.setup_seconds - setup)
         running = [True] * len(prompts)
         started, waited = time.perf_counter(), 0.0

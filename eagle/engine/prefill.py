@@ -35,11 +35,14 @@ def prefill(
     budgets: new tokens allowed each row, the first included. reused: positions already valid in both caches (one row
     only). chunks: captured chunks, in which the rows take turns.
     """
+    # Before any pass is queued: a copy from the host's pageable memory waits for what the stream holds.
+    committed = torch.tensor([len(prompt) for prompt in prompts], device=run.target.device)
+    left = torch.tensor(budgets, device=run.target.device) - 1
     if chunks is not None:
         found = [_captured(run, row, prompt, reused, chunks) for row, prompt in enumerate(prompts)]
         if all(pair is not None for pair in found):
             logits, features = (torch.cat(parts) for parts in zip(*found, strict=True))
-            return _first_token(run, prompts, budgets, logits, features)
+            return _first_token(run, committed, left, logits, features)
     run = replace(run, caches=run.caches.first_rows(len(prompts)))
     device = run.target.device
     lengths = [len(prompt) for prompt in prompts]
@@ -65,20 +68,18 @@ def prefill(
         if run.draft is not None:
             _draft_chunk(run, features, tokens, begin, end)
     logits = torch.stack([row for row in last_logits if row is not None])
-    return _first_token(run, prompts, budgets, logits, torch.stack([row for row in last_features if row is not None]))
+    return _first_token(run, committed, left, logits, torch.stack([row for row in last_features if row is not None]))
 
 
 def _first_token(
-    run: Run, prompts: list[list[int]], budgets: list[int], logits: torch.Tensor, features: torch.Tensor
+    run: Run, lengths: torch.Tensor, left: torch.Tensor, logits: torch.Tensor, features: torch.Tensor
 ) -> DecodeState:
-    """The state after the prompts. logits, features: [B, V] and [B, F] at each prompt's last position."""
-    device = run.target.device
+    """The state after the prompts. lengths, left: [B] positions committed and tokens still allowed after the first; logits,
+    features: [B, V] and [B, F] at each prompt's last position."""
     if run.sampling.greedy:
         first = logits.argmax(-1)
     else:
-        first = draw(next_token_probs(logits, run.sampling), run.uniforms[: len(prompts), 0])
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    left = torch.tensor(budgets, device=device) - 1
+        first = draw(next_token_probs(logits, run.sampling), run.uniforms[: len(lengths), 0])
     return initial_state(lengths, first, features if run.draft is not None else None, left, run.path, run.eos)
 
 

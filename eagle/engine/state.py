@@ -126,7 +126,7 @@ def initial_state(
         count=torch.ones_like(lengths),
         generated=torch.ones_like(lengths),
         budget=budget,
-        done=torch.isin(first, eos) | (budget <= 0),
+        done=(first[:, None] == eos).any(1) | (budget <= 0),  # torch.isin sorts: 0.5 ms of launches on a GPU
     )
 
 
