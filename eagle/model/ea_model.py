@@ -19,6 +19,7 @@ from eagle.engine.stop import StopStrings, until_stopped
 from eagle.errors import InvalidInputError
 from eagle.model.drafts import DraftModel
 from eagle.model.engine_control import EngineControl
+from eagle.model.fingerprint import Fingerprint
 from eagle.model.inputs import (
     as_batch,
     asked_temperature,
@@ -74,7 +75,7 @@ class EaModel(EngineControl, ReferenceMethods):
         iterator has ended."""
         self._session = Session(self.target, self.ea_layer)
         self._unfusable: str | None = None
-        self._seen: tuple[object, ...] = ()
+        self._seen: Fingerprint | None = None
         self.switches: list[Switch] = []
         self.set_tree(2 if total_token == -1 else total_token, depth, top_k)
         if total_token == -1:
