@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_draft, tiny_eagle, tiny_target
 
-from eagle.bench.step_profile import KernelTime, StepProfile, device_spans, held_up, markdown, profile_step, short_name
+from eagle.bench.step_profile import (
+    KernelTime,
+    StepProfile,
+    compared,
+    device_spans,
+    held_up,
+    markdown,
+    profile_step,
+    short_name,
+)
 from eagle.errors import InvalidInputError
 from eagle.model.ea_model import EaModel
 from eagle.model.triton_kernels import optimize_eagle_with_triton
@@ -47,6 +57,14 @@ def test_the_table_holds_every_microsecond() -> None:
     told = PROFILE.to_json()
     assert (told["engine"], told["kernels"], told["busy_ms"]) == ("captured", 40, PROFILE.busy_ms)
     assert told["idle_share"] == PROFILE.idle_share
+
+
+def test_the_replies_are_compared() -> None:
+    eagle = replace(PROFILE, reply=(3, 4, 5))
+    assert compared(eagle, replace(eagle, speculative=False)) == "EAGLE's reply of 3 tokens is plain decoding's"
+    for other in ((3, 9, 5), (3,)):
+        assert "parts from plain decoding's at token 2" in compared(eagle, replace(eagle, reply=other))
+    assert "reply" not in eagle.to_json()
 
 
 def test_a_cpu_is_refused() -> None:

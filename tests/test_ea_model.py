@@ -11,6 +11,7 @@ from tiny import tiny_draft, tiny_eagle, tiny_target
 
 from eagle.engine.loop import GenerationStats
 from eagle.errors import InvalidInputError
+from eagle.model import ea_model
 from eagle.model.ea_model import EaModel
 from eagle.model.ops import Sampling
 
@@ -94,6 +95,28 @@ def test_each_row_of_a_batch_is_what_it_is_alone(eagle: EaModel, side: str) -> N
         assert set(got[len(wanted) :]) <= {16}
 
 
+@pytest.mark.parametrize("kind", ["end", "start"])
+def test_padding_that_may_be_text_is_warned_of(eagle: EaModel, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = prompt(9)[0] % 11
+    pads = torch.tensor([11, 11])
+    ids = torch.stack((row, torch.cat((row[:-2], pads) if kind == "end" else (pads, row[2:]))))
+    if kind == "start":
+        monkeypatch.setattr(eagle.base_model.generation_config, "bos_token_id", 11)
+    given = {"max_new_tokens": 6, "pad_token_id": torch.tensor(11)} | ({"eos_token_id": 11} if kind == "end" else {})
+    with pytest.warns(UserWarning, match="token 11, which here both pads and begins or ends text"):
+        out = eagle.generate(ids, **given)
+    assert torch.equal(out, eagle.generate(ids, attention_mask=torch.ones_like(ids), **given))
+    assert torch.equal(
+        eagle.generate(ids[1:], **given), eagle.generate(ids[1:], attention_mask=torch.ones(1, 9), **given)
+    )
+
+
+def test_a_row_of_the_padding_token_alone_is_text(eagle: EaModel) -> None:
+    ids = torch.full((1, 3), 11)
+    wanted = eagle.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6)
+    assert torch.equal(eagle.generate(ids, pad_token_id=11, max_new_tokens=6), wanted)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_found_as_transformers_finds_it(eagle: EaModel, side: str, recwarn: pytest.WarningsRecorder) -> None:
     rows, pad = [prompt(n)[0] % 11 for n in (3, 14, 9)], 11
@@ -106,17 +129,6 @@ def test_padding_is_found_as_transformers_finds_it(eagle: EaModel, side: str, re
         out = eagle.generate(given, max_new_tokens=6, pad_token_id=pad)
         assert out[:, 14:].tolist() == alone
     assert not recwarn
-
-
-def test_padding_that_may_be_text_is_warned_of(eagle: EaModel) -> None:
-    row = prompt(9)[0] % 11
-    ids = torch.stack((row, torch.cat((row[:-2], torch.tensor([11, 11])))))
-    with pytest.warns(UserWarning, match="token 11, which both pads and ends text"):
-        out = eagle.generate(ids, max_new_tokens=6, pad_token_id=11, eos_token_id=11)
-    wanted = eagle.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, pad_token_id=11, eos_token_id=11
-    )
-    assert torch.equal(out, wanted)
 
 
 def test_do_sample_is_transformers_word(eagle: EaModel) -> None:
@@ -310,7 +322,11 @@ def test_total_token_can_be_measured() -> None:
         ({"temperature": -0.1}, "temperature is -0.1"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"do_sample": True, "temperature": 0.0}, "do_sample is True, but temperature 0"),
+        ({"do_sample": True, "temperature": 1e-6}, "do_sample is True, but temperature 1e-06 is greedy"),
         ({"do_sample": 3}, "do_sample is 3"),
+        ({"do_sample": False, "temperature": -1.0}, "temperature is -1"),
+        ({"pad_token_id": "a"}, "pad_token_id is 'a'"),
+        ({"pad_token_id": [1]}, r"pad_token_id is \[1\]"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"top_p": -0.1}, "top_p is -0.1"),
         ({"top_k": -1}, "top_k is -1"),
@@ -319,7 +335,7 @@ def test_total_token_can_be_measured() -> None:
         ({"attention_mask": torch.ones(1, 5)}, r"\[1, 5\], input_ids \[1, 12\]"),
         ({"attention_mask": torch.tensor([[1] * 5 + [0] + [1] * 6])}, "gap"),
         ({"attention_mask": torch.zeros(1, 12)}, "empty"),
-        ({"attention_mask": "x"}, "attention_mask is no rectangular batch"),
+        ({"attention_mask": "x"}, "attention_mask is text; expected numbers"),
         ({"temperature": "0.7"}, "temperature is '0.7'"),
         ({"top_p": "a", "temperature": 1.0}, "top_p is 'a'"),
         ({"top_k": "5", "temperature": 1.0}, "top_k is '5'"),
@@ -343,8 +359,10 @@ def test_bad_arguments_are_named(eagle: EaModel, arguments: dict, words: str) ->
     [
         (torch.empty(1, 0, dtype=torch.int64), "empty"),
         ([], "empty"),
-        ([[1.5, 2.5]], "whole numbers"),
+        ([[1.5, 2.5]], "float32"),
         ({"input_ids": torch.ones(1, 3, dtype=torch.int64)}, "pass its 'input_ids'"),
+        ("hello", "input_ids is text"),
+        (["hello", "you"], "input_ids is text"),
         (torch.tensor([[1, 17]]), "id 17; expected ids from 0 to 16"),
         (torch.tensor([[1, -1]]), "id -1"),
         (torch.rand(1, 3), "float32"),
@@ -378,6 +396,34 @@ def test_bad_trees_are_named(tree: dict, words: str) -> None:
 def test_a_keyword_that_is_nearly_right(typed: str, meant: str) -> None:
     with pytest.raises(InvalidInputError, match=f"no '{typed}'; did you mean {meant}"):
         EaModel.from_pretrained("SmolLM2-135M", **{typed: 8})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"name_or_path": 5}, "given as 5; expected a name"),
+        ({"ea_model_path": b"x"}, "given as b'x'"),
+        ({"dtype": torch.int8}, "dtype is torch.int8; expected a floating-point dtype"),
+        ({"torch_dtype": "float99"}, "torch_dtype is 'float99'"),
+        ({"dtype": "Tensor"}, "dtype is 'Tensor'"),
+        ({"total_token": 1}, "total_token is 1; expected"),
+        ({"depth": "a"}, "depth is 'a'"),
+        ({"total_token": 60, "depth": 0, "top_k": 3}, "give only 3 candidates"),
+    ],
+)
+def test_bad_settings_are_named_before_anything_is_read(
+    arguments: dict, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ea_model, "load_pair", None)
+    with pytest.raises(InvalidInputError, match=words):
+        EaModel.from_pretrained(**arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("device_map", ["cuda", 0, {"": "cuda:1"}])
+def test_a_device_that_is_not_there(device_map: object) -> None:
+    with pytest.raises(InvalidInputError, match=r"device_map is .*sees no CUDA device"):
+        EaModel.from_pretrained(device_map=device_map)
 
 
 def test_a_first_call_in_inference_mode_leaves_the_caches_usable() -> None:

@@ -2,6 +2,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -82,6 +83,14 @@ def test_progress_goes_to_standard_error(index, capfd, monkeypatch):
     assert "Fetching tiny" in err
     assert "Converting tiny" in err
     assert "100%" in err
+
+
+def test_a_log_says_once_what_is_fetched(index, capfd):
+    for _ in range(2):
+        ensure_embedded(source=index.source)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"Fetching tiny \(\d+ MB\) and converting it, once\n", err)
 
 
 def test_the_manifest_holds_the_hash_of_the_weights(index):

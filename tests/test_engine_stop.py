@@ -30,6 +30,16 @@ def cut_by_hand(text: str, stops: list[str]) -> str:
 
 
 @pytest.mark.parametrize("speculative", [True, False])
+def test_a_tokenizer_may_be_given(eagle, speculative: bool) -> None:
+    ids = torch.randint(1, 17, (1, 8))
+    last = eagle.generate(ids, max_new_tokens=9)[0, -1:].tolist()
+    given, eagle.tokenizer = eagle.tokenizer, None
+    stop = {"stop_strings": given.decode(last), "tokenizer": given, "speculative": speculative}
+    out = eagle.generate(ids, max_new_tokens=30, **stop)[0, 8:].tolist()
+    assert out.index(last[0]) == len(out) - 1
+
+
+@pytest.mark.parametrize("speculative", [True, False])
 def test_rows_end_with_the_completing_token(eagle, speculative: bool) -> None:
     ids = torch.randint(1, 17, (3, 8))
     free = eagle.generate(ids, max_new_tokens=40)[:, 8:].tolist()

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_draft_config, tiny_target
 
-from eagle.errors import CheckpointError, ModelNotFoundError, OutOfMemoryError
+from eagle.errors import CheckpointError, InvalidInputError, ModelNotFoundError, OutOfMemoryError
 from eagle.model import loading, memory
 from eagle.model.checkpoints import random_draft, save_draft
 from eagle.model.ea_model import EaModel
@@ -95,6 +95,11 @@ def test_a_damaged_or_unsafe_pickle_of_a_target(
     with pytest.raises(CheckpointError, match=words):
         load(pair)
     assert "never run" not in capsys.readouterr().out
+
+
+def test_an_unknown_keyword_is_named(pair: tuple[Path, Path]) -> None:
+    with pytest.raises(InvalidInputError, match="takes no 'bogus', and nor does the model"):
+        load(pair, bogus=1)
 
 
 def test_weights_that_cannot_fit_are_refused_before_they_are_read(

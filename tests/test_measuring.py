@@ -119,7 +119,9 @@ def test_a_log_gets_progress_in_lines(capsys, monkeypatch):
             told("EAGLE", done, 8)
             now[0] += measuring.LINE_SECONDS / 2
         told("plain", 4, 8)
-    assert capsys.readouterr().err.splitlines() == ["EAGLE: 0 of 8", "EAGLE: 2 of 8", "plain: 4 of 8"]
+        now[0] += measuring.LINE_SECONDS
+        told("", 8, 8)
+    assert capsys.readouterr().err.splitlines() == ["EAGLE: 0 of 8 runs", "EAGLE: 2 of 8 runs", "plain: 4 of 8 runs"]
 
 
 def test_figures_say_where_they_come_from():

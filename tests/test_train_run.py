@@ -11,7 +11,7 @@ from eagle.errors import InvalidInputError, TrainingError
 from eagle.model.checkpoints import load_draft
 from eagle.model.draft_config import TargetSpec
 from eagle.model.ea_model import EaModel
-from eagle.train import loop, run
+from eagle.train import loop, run, setup
 from eagle.train.loop import Trainer, chain_length, learning_rate
 from eagle.train.options import TrainOptions
 from eagle.train.run import train
@@ -171,9 +171,11 @@ def test_a_whole_vocabulary_and_time_instead_of_steps(inputs, tmp_path):
     assert rates[-1] < 5e-3  # a busy machine has time for a single entry
 
 
-def test_self_distillation_end_to_end(inputs, tmp_path):
+def test_self_distillation_end_to_end(inputs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(setup, "MANY_TOKENS", 2000)
     options = _options(inputs, tmp_path / "head", data=None, tokens=2000, steps=4, generate_rows=8, max_length=192)
     train(options)
+    assert "a CPU is slow at writing 2,000 tokens" in capsys.readouterr().out
     assert json.loads((tmp_path / "head/training/data/settings.json").read_text())["source"] == "self-distillation"
     with pytest.raises(TrainingError, match="seed = 0, but seed = 3"):
         train(_options(inputs, tmp_path / "head", data=None, tokens=2000, steps=4, seed=3, resume=True, max_length=192))
@@ -299,6 +301,14 @@ def test_the_command_line(inputs, tmp_path, capsys):
     assert main(["train", "--model", str(inputs[0]), "--out", out, "--data", "missing.jsonl"]) == 2
     assert "no data file missing.jsonl" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_a_bad_data_file_leaves_nothing_that_a_better_one_meets(inputs, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{\n")
+    with pytest.raises(TrainingError, match=r"bad\.jsonl"):
+        train(_options((inputs[0], bad), tmp_path / "head", steps=2))
+    assert train(_options(inputs, tmp_path / "head", steps=2)).finished
 
 
 def test_schedule_and_chain_length():

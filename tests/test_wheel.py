@@ -82,6 +82,28 @@ def test_a_failed_installer_gives_its_last_line(tmp_path, monkeypatch):
             "object at 0x7f>: Failed to establish a new connection: [Errno 111] Connection refused'))",
             "cannot connect to proxy: Failed to establish a new connection: [Errno 111] Connection refused",
         ),
+        (
+            "ProxyError('Cannot connect to proxy.', OSError('Tunnel connection failed: 403 Forbidden'))",
+            "cannot connect to proxy: Tunnel connection failed: 403 Forbidden",
+        ),
+        (
+            "ConnectTimeoutError(<pip._vendor.urllib3.connection.HTTPSConnection object at 0x7f>, 'Connection to pypi.org "
+            "timed out. (connect timeout=15)')",
+            "Connection to pypi.org timed out. (connect timeout=15)",
+        ),
+        (
+            "ProtocolError('Connection aborted.', ConnectionResetError(104, 'Connection reset by peer'))",
+            "Connection reset by peer",
+        ),
+        (
+            "SSLError(SSLCertVerificationError(1, '[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self signed "
+            "certificate (_ssl.c:1129)'))",
+            "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self signed certificate (_ssl.c:1129)",
+        ),
+        (
+            """NewConnectionError("HTTPSConnection(host='pypi.org', port=443): Failed to establish a new connection")""",
+            "HTTPSConnection(host='pypi.org', port=443): Failed to establish a new connection",
+        ),
     ],
 )
 def test_a_broken_connection_is_told_without_pips_objects(broken, told, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from eagle.bench.runs import parting
 from eagle.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ class StepProfile:
     loop_ms: float
     replay_ms: float | None
     table: tuple[KernelTime, ...]
+    reply: tuple[int, ...] = ()
+    """The tokens of the reply, to be compared with the other way's; in no figure."""
 
     @property
     def engine(self) -> str:
@@ -78,15 +81,18 @@ class StepProfile:
 
     def to_json(self) -> dict[str, Any]:
         derived = ("engine", "busy_ms", "kernels", "idle_share")
-        return asdict(self) | {name: getattr(self, name) for name in derived}
+        found = asdict(self) | {name: getattr(self, name) for name in derived}
+        del found["reply"]
+        return found
 
 
 def profile_step(model: EaModel, prompt: list[int], new_tokens: int = 128, *, speculative: bool = True) -> StepProfile:
     """Profile the steps of one greedy reply. Raises InvalidInputError without a CUDA device."""
     if model.device.type != "cuda":
         raise InvalidInputError(f"a step is profiled on a CUDA device, and the model is on {model.device}")
+    reply: tuple[int, ...] = ()
     for _ in range(2):  # captures and library handles come with the first
-        _run(model, prompt, new_tokens, speculative)
+        reply = _run(model, prompt, new_tokens, speculative)
     stats = model.last_stats
     assert stats is not None
     loop_ms = 1e3 * stats.decode_seconds / max(1, stats.steps)
@@ -95,7 +101,7 @@ def profile_step(model: EaModel, prompt: list[int], new_tokens: int = 128, *, sp
         with closing(_stream(model, prompt, new_tokens, speculative)) as running:
             next(running)  # prefill
             spans = _profiled(model, lambda: list(islice(running, EAGER_STEPS)))
-        return StepProfile(speculative, loop_ms, None, _table(spans, min(EAGER_STEPS, stats.steps)))
+        return StepProfile(speculative, loop_ms, None, _table(spans, min(EAGER_STEPS, stats.steps)), reply)
     step = steps[-1]
     torch.cuda.synchronize(model.device)
     started = time.perf_counter()
@@ -104,7 +110,14 @@ def profile_step(model: EaModel, prompt: list[int], new_tokens: int = 128, *, sp
     torch.cuda.synchronize(model.device)
     replay_ms = 1e3 * (time.perf_counter() - started) / REPLAYS
     spans = _profiled(model, lambda: [step.replay() for _ in range(REPLAYS)])
-    return StepProfile(speculative, loop_ms, replay_ms, _table(spans, REPLAYS))
+    return StepProfile(speculative, loop_ms, replay_ms, _table(spans, REPLAYS), reply)
+
+
+def compared(eagle: StepProfile, plain: StepProfile) -> str:
+    """Whether the two profiled replies are equal, in one line."""
+    where = parting(eagle.reply, plain.reply)
+    told = "is plain decoding's" if where is None else f"parts from plain decoding's at token {where + 1}"
+    return f"EAGLE's reply of {len(eagle.reply)} tokens {told}"
 
 
 def markdown(profile: StepProfile, rows: int = 16) -> list[str]:
@@ -137,9 +150,8 @@ def _stream(
     return model.stream([prompt], max_new_tokens=new_tokens, eos_token_id=(), speculative=speculative)
 
 
-def _run(model: EaModel, prompt: list[int], new_tokens: int, speculative: bool) -> None:
-    for _ in _stream(model, prompt, new_tokens, speculative):
-        pass
+def _run(model: EaModel, prompt: list[int], new_tokens: int, speculative: bool) -> tuple[int, ...]:
+    return tuple(token for [new] in _stream(model, prompt, new_tokens, speculative) for token in new)
 
 
 def _profiled(model: EaModel, work: Callable[[], object]) -> list[Span]:

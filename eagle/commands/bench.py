@@ -18,10 +18,11 @@ from eagle.commands.bench_roofline import roofline
 from eagle.commands.bench_step import step
 from eagle.commands.bench_sweep import sweep
 from eagle.commands.console import device_name, note, open_model
-from eagle.commands.measuring import settings
+from eagle.commands.measuring import progress, settings
 from eagle.commands.options import (
     MODEL_DEFAULT,
     PAPER_TREE,
+    TREE_DEFAULT,
     DraftOption,
     Dtype,
     DtypeOption,
@@ -74,9 +75,6 @@ def accept(
     check_flags(tree, kernels, max_new_tokens)
     loaded, notes = open_model(model, draft, tree, kernels, dtype)
 
-    from rich.console import Console
-    from rich.progress import Progress
-
     from eagle.bench.accept import lines, measure_acceptance
     from eagle.commands.reply import NO_TEMPLATE, encode_prompt, has_template
 
@@ -85,15 +83,21 @@ def accept(
     note(*notes, *([NO_TEMPLATE] if raw else []))
     if batch is None:
         batch = 1 if loaded.device.type == "cpu" else GPU_BATCH
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("prompts", total=len(chosen))
+    done = 0
+    with progress("prompts") as told:
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            told("EAGLE and plain", done, len(chosen))
+
         report = measure_acceptance(
             loaded,
             chosen,
             lambda text: encode_prompt(tokenizer, text, raw=raw),
             max_new_tokens=max_new_tokens,
             batch=batch,
-            advance=lambda count: bar.advance(task, count),
+            advance=advance,
         )
     if as_json:
         asked = {"max_new_tokens": max_new_tokens, "batch": batch, "kernels": kernels.value}
@@ -102,6 +106,8 @@ def accept(
     for line in lines(report):
         print(line)
     print(f"{loaded.base_model.dtype} on {device_name(loaded.device)}, batch {batch}".removeprefix("torch."))
+    if loaded.device.type == "cpu" and tree == PAPER_TREE:
+        note(f"tree {PAPER_TREE} is the papers', for their accept length; a CPU is faster with --tree {TREE_DEFAULT}")
 
 
 app.command()(generate)

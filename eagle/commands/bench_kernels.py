@@ -49,7 +49,6 @@ def kernels(
     on_gpu = device.type == "cuda"
     _check_seconds(seconds)
     _check_jobs(jobs)
-    check_out(out, folder=True)
     from rich.console import Console
     from rich.table import Table
 
@@ -61,6 +60,7 @@ def kernels(
     cases = select_cases(ops or (), models or (), dtypes or (), quick=quick, interpreted=not on_gpu)
     if not cases:
         raise InvalidInputError("no case is of those ops, models and dtypes together; leave one of the filters out")
+    check_out(out, folder=True)
     origin = provenance(device) | {"clocks_before": clocks(device)}
     if not on_gpu:
         origin["device"] = "CPU, Triton's interpreter"

@@ -51,7 +51,7 @@ def step(
 
     if not torch.cuda.is_available():
         raise InvalidInputError(NEEDS_GPU.format("step"))
-    from eagle.bench.step_profile import markdown, profile_step
+    from eagle.bench.step_profile import compared, markdown, profile_step
     from eagle.model.triton_kernels import optimize_eagle_with_triton
 
     loaded = open_for_bench(model, draft, tree, dtype)
@@ -67,6 +67,7 @@ def step(
             profile = profile_step(loaded, ids, max_new_tokens, speculative=speculative)
             found.append(profile)
             print("\n".join(markdown(profile)), end="\n\n", flush=True)
+        print(compared(*found[-2:]), end="\n\n", flush=True)
     if out is not None:
         figures = settings(model, draft, loaded) | {"profiles": [profile.to_json() for profile in found]}
         with writing(out):

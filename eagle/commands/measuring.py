@@ -151,23 +151,23 @@ def progress(what: str = "runs") -> Iterator[Callable[[str, int, int], None]]:
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _told_in_lines()
+        yield _told_in_lines(what)
         return
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda name, done, total: bar.update(task, description=name, completed=done, total=total)
 
 
-def _told_in_lines() -> Callable[[str, int, int], None]:
-    """For a log: a line where another thing begins, and every LINE_SECONDS."""
-    last, said = "", 0.0
+def _told_in_lines(what: str) -> Callable[[str, int, int], None]:
+    """For a log: the first line at once, the next ones LINE_SECONDS apart."""
+    said = float("-inf")
 
     def tell(name: str, done: int, total: int) -> None:
-        nonlocal last, said
+        nonlocal said
         now = time.monotonic()
-        if name != last or now - said >= LINE_SECONDS:
-            last, said = name, now
-            print(f"{name}: {done} of {total}", file=sys.stderr, flush=True)
+        if name and now - said >= LINE_SECONDS:
+            said = now
+            print(f"{name}: {done} of {total} {what}", file=sys.stderr, flush=True)
 
     return tell
 

@@ -24,6 +24,7 @@ from eagle.model.inputs import (
     as_batch,
     asked_temperature,
     check_sampling,
+    check_token,
     check_tree,
     padding_mask,
     token_budgets,
@@ -110,6 +111,7 @@ class EaModel(EngineControl, ReferenceMethods):
         weights are read that can't fit, OutOfMemoryError.
         """
         check_settings(hf_kwargs)
+        check_tree(2 if total_token == -1 else total_token, depth, top_k, None)
         location = locate(
             name_or_path,
             ea_model_path,
@@ -194,6 +196,7 @@ class EaModel(EngineControl, ReferenceMethods):
         stop_strings: str | Iterable[str] | None = None,
         generator: torch.Generator | None = None,
         seed: int | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         speculative: bool = True,
         reuse_prefix: bool = False,
         stats: GenerationStats | None = None,
@@ -201,7 +204,8 @@ class EaModel(EngineControl, ReferenceMethods):
         """Generate, yielding each step's new tokens as one list for each row.
 
         Arguments are checked at the call, before the first step. `last_stats` are this call's figures until another call
-        is made, and complete when the iterator ends. stop_strings: a row ends with the token that completes one of them.
+        is made, and complete when the iterator ends. stop_strings: a row ends with the token that completes one of them, as
+        ``tokenizer`` reads it, the model's own unless given.
         reuse_prefix: keep what the caches already hold of this prompt (one sequence; a growing chat). stats: takes this
         call's figures, where another thread's call may be the one that `last_stats` tells of. Closing the iterator early
         leaves the model usable.
@@ -217,7 +221,7 @@ class EaModel(EngineControl, ReferenceMethods):
             uniforms = _uniforms(len(prompts), max(budgets) + self.tree_shape.path, generator, seed).to(self.device)
         stats = GenerationStats() if stats is None else stats
         self.last_stats = stats
-        stops = None if stop_strings is None else StopStrings(self.tokenizer, stop_strings)
+        stops = None if stop_strings is None else StopStrings(tokenizer or self.tokenizer, stop_strings)
         call = Call(prompts, budgets, self.tree_shape, sampling, eos, uniforms, speculative, reuse_prefix)
         steps = self._session.run(call, stats, self._refresh)
         return steps if stops is None else until_stopped(steps, stops, len(prompts), stats)
@@ -238,28 +242,30 @@ class EaModel(EngineControl, ReferenceMethods):
         stop_strings: str | Iterable[str] | None = None,
         generator: torch.Generator | None = None,
         seed: int | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         streamer: Any = None,
         speculative: bool = True,
     ) -> torch.Tensor:
         """Generate as transformers' ``generate`` does: prompt and new tokens, [B, T + new], int64.
 
         input_ids: [B, T] or [T], with ``attention_mask`` if rows are padded, on either side; without it, padding is found
-        where the padding token ends no text. Rows that end early are filled with ``pad_token_id``. No temperature, 0 or
-        do_sample=False is greedy; do_sample=True without a temperature samples at 1; top_k cuts before top_p. Output ends
-        at an end token (the generation config's unless given) and never exceeds max_new_tokens, max_length (prompt
-        included) or the model's context; with neither limit, at most 512 new tokens. A row also ends with the token that
-        completes one of stop_strings, which need the tokenizer. streamer: an object with ``put`` and ``end``, one sequence.
-        speculative=False is plain decoding on the same path. Raises InvalidInputError.
+        where the padding token neither begins nor ends texts. Rows that end early are filled with ``pad_token_id``. A
+        temperature above 0 samples, no temperature and do_sample=False are greedy, do_sample=True without a temperature
+        samples at 1; top_k cuts before top_p. Output ends at an end token (the generation config's unless given) and never
+        exceeds max_new_tokens, max_length (prompt included) or the model's context; with neither limit, at most 512 new
+        tokens. A row also ends with the token that completes one of stop_strings, read by ``tokenizer``, the model's own
+        unless given. streamer: an object with ``put`` and ``end``, one sequence. speculative=False is plain decoding on the
+        same path. Raises InvalidInputError.
         """
         prompt = as_batch(input_ids)
         sampling = check_sampling(asked_temperature(do_sample, temperature), top_p, top_k, top_k_first=True)
         eos = self._eos_ids(eos_token_id)
+        pad = check_token("pad_token_id", pad_token_id)
         if attention_mask is None:
-            known = self._known_pad_id() if pad_token_id is None else pad_token_id
-            attention_mask = padding_mask(prompt, known, eos)
-            input_ids = input_ids if attention_mask is None else prompt
+            known = self._known_pad_id() if pad is None else pad
+            attention_mask = padding_mask(prompt, known, eos | self._bos_ids())
         steps = self.stream(
-            input_ids,
+            prompt,
             attention_mask=attention_mask,
             max_new_tokens=max_new_tokens,
             max_length=max_length,
@@ -268,6 +274,7 @@ class EaModel(EngineControl, ReferenceMethods):
             stop_strings=stop_strings,
             generator=generator,
             seed=seed,
+            tokenizer=tokenizer,
             speculative=speculative,
         )
         if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
@@ -285,7 +292,7 @@ class EaModel(EngineControl, ReferenceMethods):
                     streamer.put(torch.tensor(new[0]))
         if streamer is not None:
             streamer.end()
-        pad = self._pad_id(eos) if pad_token_id is None else pad_token_id
+        pad = self._pad_id(eos) if pad is None else pad
         longest = max(map(len, rows))
         added = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=prompt.device)
         return torch.cat((prompt, added), dim=1)
@@ -326,10 +333,14 @@ class EaModel(EngineControl, ReferenceMethods):
         except TypeError as error:
             raise InvalidInputError(f"eos_token_id is {given!r}; expected a token id or several") from error
 
+    def _bos_ids(self) -> set[int]:
+        return {token for token in self._configured("bos_token_id") if isinstance(token, int)}
+
     def _known_pad_id(self) -> int | None:
-        owners = (self.base_model.generation_config, self.target.config)
-        known = [getattr(owner, "pad_token_id", None) for owner in owners]
-        return next((pad for pad in known if isinstance(pad, int) and pad >= 0), None)
+        return next((pad for pad in self._configured("pad_token_id") if isinstance(pad, int) and pad >= 0), None)
+
+    def _configured(self, name: str) -> list[Any]:
+        return [getattr(owner, name, None) for owner in (self.base_model.generation_config, self.target.config)]
 
     def _pad_id(self, eos: set[int]) -> int:
         known = self._known_pad_id()

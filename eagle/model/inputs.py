@@ -13,14 +13,14 @@ from eagle.errors import InvalidInputError
 from eagle.model.ops import Sampling, TreeShape
 
 
-def check_tree(total_token: int, depth: int, top_k: int, draft_vocab_size: int) -> TreeShape:
-    """The tree's shape, or InvalidInputError naming the bound that was missed."""
+def check_tree(total_token: int, depth: int, top_k: int, draft_vocab_size: int | None) -> TreeShape:
+    """The tree's shape, or InvalidInputError naming the bound that was missed. draft_vocab_size: None if not yet known."""
     bounds = (("total_token", total_token, 2, 1024), ("depth", depth, 0, 64), ("top_k", top_k, 1, 128))
     for name, value, least, most in bounds:
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
             measured = ", or -1 for the size that is fastest here" if name == "total_token" else ""
             raise InvalidInputError(f"{name} is {value!r}; expected a whole number from {least} to {most}{measured}")
-    if top_k > draft_vocab_size:
+    if draft_vocab_size is not None and top_k > draft_vocab_size:
         raise InvalidInputError(
             f"top_k is {top_k}, but the draft head knows only {draft_vocab_size} tokens; lower top_k to that or less"
         )
@@ -44,36 +44,49 @@ def check_sampling(
 
 
 def asked_temperature(do_sample: bool | None, temperature: float | None) -> float | None:
-    """The temperature that transformers' ``do_sample`` and a temperature stand for: False is greedy whatever the
-    temperature; True samples, at 1 where no temperature is given. Raises InvalidInputError for True at temperature 0."""
-    if do_sample is not None and not isinstance(do_sample, bool):
-        raise InvalidInputError(f"do_sample is {do_sample!r}; expected True, False or None")
+    """The temperature that ``do_sample``, transformers' word, and a temperature stand for: False is greedy whatever the
+    temperature; True samples, at 1 where none is given. Raises InvalidInputError for True at a greedy temperature, and what
+    `check_sampling` raises."""
+    given = check_sampling(temperature, None, None, top_k_first=True)
     if do_sample is None:
         return temperature
-    if do_sample and temperature == 0:
+    if do_sample not in (True, False):
+        raise InvalidInputError(f"do_sample is {do_sample!r}; expected True, False or None")
+    if not do_sample:
+        return 0.0
+    if temperature is not None and given.greedy:
         raise InvalidInputError(
-            "do_sample is True, but temperature 0 is greedy; give a temperature above 0, or leave it out"
+            f"do_sample is True, but temperature {temperature:g} is greedy; give a higher one, or leave it out"
         )
-    return (1.0 if temperature is None else temperature) if do_sample else 0.0
+    return 1.0 if temperature is None else temperature
 
 
-def padding_mask(ids: torch.Tensor, pad: int | None, eos: set[int]) -> torch.Tensor | None:
-    """The mask of prompts [B, T] that came without one, by transformers' rule: where the padding token is no end token,
-    0 for it at either end of a row. None where nothing is padding and, for a batch with a warning, where an end token
-    may be."""
+def padding_mask(ids: torch.Tensor, pad: int | None, text: set[int]) -> torch.Tensor | None:
+    """The mask of prompts [B, T] that came without one, by transformers' rule: 0 for the padding token at either end of a
+    row. None where nothing is padding and, with a warning where several rows suggest it, where the padding token is one
+    of ``text``, the tokens that begin and end texts. A row of nothing else is taken for text."""
     if pad is None or ids.dim() != 2 or ids.numel() == 0:
         return None
-    other = (ids != pad).long()
+    other = torch.ne(ids, pad).long()
     inside = (other.cumsum(1) > 0) & (other.flip(1).cumsum(1).flip(1) > 0)
+    inside = inside | ~inside.any(1, keepdim=True)
     if bool(inside.all()):
         return None
-    if pad in eos and ids.shape[0] > 1:
+    if pad in text and ids.shape[0] > 1:
         warnings.warn(
-            f"rows begin or end with token {pad}, which both pads and ends text here, and no attention_mask was given: it "
-            "is taken for text; pass the tokenizer's attention_mask if it is padding",
+            f"rows begin or end with token {pad}, which here both pads and begins or ends text, and no attention_mask was "
+            "given: it is taken for text; pass the tokenizer's attention_mask if it is padding",
             stacklevel=3,
         )
-    return None if pad in eos else inside
+    return None if pad in text else inside
+
+
+def check_token(name: str, given: Any) -> int | None:
+    """A token's id, of whatever kind of integer, or None for None. Raises InvalidInputError for anything else."""
+    try:
+        return None if given is None else operator.index(given)
+    except TypeError as error:
+        raise InvalidInputError(f"{name} is {given!r}; expected a token id or None") from error
 
 
 def _whole(value: float) -> Any:
@@ -94,7 +107,7 @@ def token_rows(input_ids: Any, attention_mask: Any, vocab_size: int) -> list[lis
         except TypeError as error:
             raise InvalidInputError(f"input_ids holds something else than whole numbers ({error})") from error
         if attention_mask is not None:
-            raise InvalidInputError("attention_mask was given with a list of rows; rows in a list carry no padding")
+            raise InvalidInputError("attention_mask was given with a list of rows; pass input_ids as a tensor with it")
     else:
         ids = torch.as_tensor(input_ids)
         if ids.numel() == 0:
@@ -149,7 +162,9 @@ def token_budgets(
             f"the prompt has {longest} tokens, but the model's context holds {context}, new tokens included; shorten it"
         )
     if max_length is not None and max_length <= width:
-        raise InvalidInputError(f"max_length is {max_length}, but the prompt alone has {width} tokens; raise it")
+        raise InvalidInputError(
+            f"max_length is {max_length}, but the prompt alone has {width} tokens, a chat template's included; raise it"
+        )
     limits = [default_new_tokens] if max_new_tokens is None and max_length is None else []
     limits += [] if max_new_tokens is None else [max_new_tokens]
     limits += [] if max_length is None else [max_length - width]
@@ -163,6 +178,8 @@ def as_batch(given: Any, name: str = "input_ids") -> torch.Tensor:
         raise InvalidInputError(
             f"{name} is a {type(given).__name__}; pass its 'input_ids' and, where rows are padded, its 'attention_mask'"
         )
+    if isinstance(given, str) or (isinstance(given, Sequence) and any(isinstance(entry, str) for entry in given)):
+        raise InvalidInputError(f"{name} is text; expected numbers, as tokenizer(text, return_tensors='pt') gives")
     try:
         ids = torch.as_tensor(given)
     except (ValueError, TypeError, RuntimeError) as error:

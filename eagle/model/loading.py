@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import pickle
+import re
 from typing import Any
 
 import torch
@@ -36,12 +37,21 @@ OWN_SETTINGS = (
 
 
 def check_settings(hf_kwargs: dict[str, Any]) -> None:
-    """Refuse a keyword meant for transformers that is nearly one of ours, or nearly ``device_map``. Raises
-    InvalidInputError."""
-    for name in hf_kwargs:
+    """Refuse a keyword meant for transformers that is nearly one of ours, or nearly ``device_map``, and a dtype or a device
+    that can't be, before anything is read. Raises InvalidInputError."""
+    for name, value in hf_kwargs.items():
         close = ["device_map"] if name == "device" else difflib.get_close_matches(name, OWN_SETTINGS, n=1, cutoff=0.8)
         if close:
             raise InvalidInputError(f"from_pretrained takes no {name!r}; did you mean {close[0]}?")
+        if name in ("dtype", "torch_dtype") and value not in (None, "auto") and not isinstance(value, dict):
+            dtype = _as_dtype(value)
+            if dtype is None or not dtype.is_floating_point:
+                raise InvalidInputError(f"{name} is {value!r}; expected a floating-point dtype, its name or 'auto'")
+    device = _one_device(hf_kwargs.get("device_map"))
+    if device is not None and device.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidInputError(
+            f"device_map is {hf_kwargs['device_map']!r}, but PyTorch sees no CUDA device here; eagle doctor says why"
+        )
 
 
 def load_pair(
@@ -116,6 +126,11 @@ def load_target(source: str, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
         StrictDataclassError,
         pickle.UnpicklingError,
     ) as error:
+        unknown = (
+            re.search(r"unexpected keyword argument '(\w+)'", str(error)) if isinstance(error, TypeError) else None
+        )
+        if unknown is not None and unknown[1] in hf_kwargs:
+            raise InvalidInputError(f"from_pretrained takes no {unknown[1]!r}, and nor does the model") from error
         if not any(folder.glob("*.safetensors")):
             read_tensors(folder)  # says in one line which pickle is damaged or wants to run code
         raise ModelNotFoundError(

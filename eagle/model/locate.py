@@ -62,6 +62,9 @@ def locate(
         DownloadError, OutOfMemoryError, EagleError: see :func:`eagle.model.embedded.ensure_embedded` and
             :func:`eagle.model.widened_folder.ensure_widened`.
     """
+    for value in (name_or_path, base_model_path, ea_model_path):
+        if value is not None and not isinstance(value, (str, os.PathLike)):
+            raise InvalidInputError(f"a model is given as {value!r}; expected a name, a folder or a hub id")
     given = [os.fspath(value) for value in (name_or_path, base_model_path) if value is not None]
     if len(set(given)) > 1:
         raise InvalidInputError(f"two targets are given, {given[0]!r} and {given[1]!r}; give one")

@@ -47,13 +47,12 @@ def download(requirement: str, folder: Path, on_bytes: Callable[[int], None] = l
 
 
 def _reason(line: str) -> str:
-    """An installer's line; of pip's about a retry, only what broke the connection, without its objects."""
+    """An installer's line; of pip's about a retry, only the innermost message of what broke the connection."""
     broken = re.search(r"connection broken by '(.*)': \S*$", line)
-    if broken is None:
+    message = broken and re.search(r"""^.*[(,] ?(["'])(.+)\1\)+$""", re.sub(r"<[^>]* at 0x\w+>(: |, )?", "", broken[1]))
+    if not message:
         return line
-    what = re.sub(r"^.*>: |^\w+\(['\"]", "", broken[1]).rstrip("'\")")
-    what += ")" * (what.count("(") - what.count(")"))
-    return f"cannot connect to proxy: {what}" if "ProxyError" in broken[1] else what
+    return f"cannot connect to proxy: {message[2]}" if "ProxyError" in line else message[2]
 
 
 def installer_command(requirement: str, folder: Path) -> list[str]:

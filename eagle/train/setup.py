@@ -27,6 +27,8 @@ from eagle.train.target import Target, check_decode
 from eagle.train.template import chat_pieces
 
 GPU_ROWS, CPU_ROWS = 2048, 16
+MANY_TOKENS = 200_000
+"""From which on writing them takes a CPU hours."""
 
 
 def say(text: str) -> None:
@@ -150,8 +152,8 @@ def prepare_data(
     ends = end_tokens(target, tokenizer)
     if options.data is not None:
         if distributed.first():
-            settings_match(folder, {"source": str(options.data)})
             conversations, left_out = read_dialogues(options.data, tokenizer, frozenset(ends))
+            settings_match(folder, {"source": str(options.data)})  # after a file that can't be read has said so
             if left_out:
                 say(left_out)
             write_shard(folder / "shard-00000.npz", conversations)
@@ -179,7 +181,7 @@ def prepare_data(
         capture=target.device.type == "cuda",
     )  # fmt: skip
     goal = options.tokens // distributed.world()
-    if target.device.type == "cpu":
+    if target.device.type == "cpu" and options.tokens >= MANY_TOKENS:
         say(
             f"data: a CPU is slow at writing {options.tokens:,} tokens; --tokens asks for fewer, --data takes your own file"
         )

@@ -112,8 +112,8 @@ MEASURED: dict[str, dict[str, tuple[Bound, ...]]] = {"NVIDIA H100": {}, "NVIDIA 
 """Bounds by measurement, in place of `UNMEASURED`: a part of the GPU's name → op → bounds. An op with no entry is
 served by its kernel at every size; a bound of -1 gives every call to PyTorch. On an H100 and an H200 the kernels are the
 faster ones within `LIMITS` but for a few products and short prompts (docs/benchmarks). Prompts' attention, 512 rows,
-bfloat16: on the H100 181 µs against SDPA's 217 after 8,192 positions of SmolLM2-135M, 556 against 744 for Llama-3.1-8B;
-on the H200 80 against 142 after 7,168 and 89 against 127 after 3,584, where SDPA's mask is not counted."""
+bfloat16: on the H100 181 µs (in tiles of 128) against SDPA's 217 after 8,192 positions of SmolLM2-135M, 556 against 744
+for Llama-3.1-8B; on the H200 80 against 142 after 7,168 and 89 against 127 after 3,584, SDPA's mask not counted."""
 
 PRODUCT_CASES = {
     "up to 64 rows": {"rows": 64},
