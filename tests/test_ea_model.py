@@ -13,6 +13,7 @@ from eagle.engine.loop import GenerationStats
 from eagle.errors import InvalidInputError
 from eagle.model import ea_model
 from eagle.model.ea_model import EaModel
+from eagle.model.inputs import padding_mask
 from eagle.model.ops import Sampling
 
 
@@ -95,20 +96,31 @@ def test_each_row_of_a_batch_is_what_it_is_alone(eagle: EaModel, side: str) -> N
         assert set(got[len(wanted) :]) <= {16}
 
 
-@pytest.mark.parametrize("kind", ["end", "start"])
-def test_padding_that_may_be_text_is_warned_of(eagle: EaModel, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_that_may_be_text_is_warned_of(eagle: EaModel, recwarn: pytest.WarningsRecorder) -> None:
     row = prompt(9)[0] % 11
-    pads = torch.tensor([11, 11])
-    ids = torch.stack((row, torch.cat((row[:-2], pads) if kind == "end" else (pads, row[2:]))))
-    if kind == "start":
-        monkeypatch.setattr(eagle.base_model.generation_config, "bos_token_id", 11)
-    given = {"max_new_tokens": 6, "pad_token_id": torch.tensor(11)} | ({"eos_token_id": 11} if kind == "end" else {})
-    with pytest.warns(UserWarning, match="token 11, which here both pads and begins or ends text"):
+    ids = torch.stack((row, torch.cat((row[:-2], torch.tensor([11, 11])))))
+    given = {"max_new_tokens": 6, "pad_token_id": torch.tensor(11), "eos_token_id": 11}
+    with pytest.warns(UserWarning, match="token 11, which both pads and ends text"):
         out = eagle.generate(ids, **given)
     assert torch.equal(out, eagle.generate(ids, attention_mask=torch.ones_like(ids), **given))
-    assert torch.equal(
-        eagle.generate(ids[1:], **given), eagle.generate(ids[1:], attention_mask=torch.ones(1, 9), **given)
-    )
+    for alike in (ids[1:], ids[[1, 1]]):
+        assert torch.equal(eagle.generate(alike, **given), out[1:].expand(len(alike), -1))
+    assert not recwarn
+
+
+@pytest.mark.parametrize(
+    ("rows", "mask"),
+    [
+        ([[11, 3, 4, 5], [11, 5, 6, 7]], None),  # every row's own start
+        ([[11, 11, 11, 3], [11, 4, 5, 6]], [[0, 0, 1, 1], [1, 1, 1, 1]]),
+        ([[11, 11, 11, 3], [4, 5, 6, 7]], [[0, 0, 0, 1], [1, 1, 1, 1]]),
+        ([[11, 3, 11, 11], [11, 4, 11, 6]], [[1, 1, 0, 0], [1, 1, 1, 1]]),
+        ([[11, 11, 11, 11], [11, 11, 5, 6]], [[1, 1, 1, 1], [0, 1, 1, 1]]),
+    ],
+)
+def test_a_start_token_that_pads(rows: list[list[int]], mask: list[list[int]] | None) -> None:
+    found = padding_mask(torch.tensor(rows), 11, {2}, {11})
+    assert found is None if mask is None else found.long().tolist() == mask
 
 
 def test_a_row_of_the_padding_token_alone_is_text(eagle: EaModel) -> None:
@@ -343,6 +355,7 @@ def test_total_token_can_be_measured() -> None:
         ({"generator": 3, "temperature": 1.0}, "generator is 3"),
         ({"streamer": 3}, "streamer is 3"),
         ({"stop_strings": 3}, "stop_strings is 3"),
+        ({"stop_strings": "a", "tokenizer": "abc"}, "tokenizer is 'abc'"),
         ({"eos_token_id": "a"}, "eos_token_id is 'a'"),
         ({"eos_token_id": 1.5}, "eos_token_id is 1.5"),
     ],
@@ -406,6 +419,8 @@ def test_a_keyword_that_is_nearly_right(typed: str, meant: str) -> None:
         ({"dtype": torch.int8}, "dtype is torch.int8; expected a floating-point dtype"),
         ({"torch_dtype": "float99"}, "torch_dtype is 'float99'"),
         ({"dtype": "Tensor"}, "dtype is 'Tensor'"),
+        ({"device_map": True}, "device_map is True"),
+        ({"device_map": -1}, "device_map is -1"),
         ({"total_token": 1}, "total_token is 1; expected"),
         ({"depth": "a"}, "depth is 'a'"),
         ({"total_token": 60, "depth": 0, "top_k": 3}, "give only 3 candidates"),

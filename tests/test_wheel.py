@@ -92,6 +92,10 @@ def test_a_failed_installer_gives_its_last_line(tmp_path, monkeypatch):
             "Connection to pypi.org timed out. (connect timeout=15)",
         ),
         (
+            "IncompleteRead(8192 bytes read, 92862848 more expected)",
+            "IncompleteRead(8192 bytes read, 92862848 more expected)",
+        ),
+        (
             "ProtocolError('Connection aborted.', ConnectionResetError(104, 'Connection reset by peer'))",
             "Connection reset by peer",
         ),

@@ -27,6 +27,8 @@ class StopStrings:
             raise InvalidInputError(
                 "stop_strings were given, and the model has no tokenizer to find them with; leave them out"
             )
+        if not callable(getattr(tokenizer, "decode", None)):
+            raise InvalidInputError(f"tokenizer is {tokenizer!r}; stop_strings need one that decodes token ids")
         if not given or not all(isinstance(text, str) and text for text in given):
             raise InvalidInputError(f"stop_strings is {given!r}; expected strings that are not empty")
         self.tokenizer, self.strings = tokenizer, given

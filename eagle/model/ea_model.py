@@ -249,7 +249,7 @@ class EaModel(EngineControl, ReferenceMethods):
         """Generate as transformers' ``generate`` does: prompt and new tokens, [B, T + new], int64.
 
         input_ids: [B, T] or [T], with ``attention_mask`` if rows are padded, on either side; without it, padding is found
-        where the padding token neither begins nor ends texts. Rows that end early are filled with ``pad_token_id``. A
+        where the padding token ends no text. Rows that end early are filled with ``pad_token_id``. A
         temperature above 0 samples, no temperature and do_sample=False are greedy, do_sample=True without a temperature
         samples at 1; top_k cuts before top_p. Output ends at an end token (the generation config's unless given) and never
         exceeds max_new_tokens, max_length (prompt included) or the model's context; with neither limit, at most 512 new
@@ -263,7 +263,7 @@ class EaModel(EngineControl, ReferenceMethods):
         pad = check_token("pad_token_id", pad_token_id)
         if attention_mask is None:
             known = self._known_pad_id() if pad is None else pad
-            attention_mask = padding_mask(prompt, known, eos | self._bos_ids())
+            attention_mask = padding_mask(prompt, known, eos, self._bos_ids())
         steps = self.stream(
             prompt,
             attention_mask=attention_mask,

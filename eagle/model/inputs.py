@@ -61,24 +61,31 @@ def asked_temperature(do_sample: bool | None, temperature: float | None) -> floa
     return 1.0 if temperature is None else temperature
 
 
-def padding_mask(ids: torch.Tensor, pad: int | None, text: set[int]) -> torch.Tensor | None:
+def padding_mask(ids: torch.Tensor, pad: int | None, eos: set[int], bos: set[int]) -> torch.Tensor | None:
     """The mask of prompts [B, T] that came without one, by transformers' rule: 0 for the padding token at either end of a
-    row. None where nothing is padding and, with a warning where several rows suggest it, where the padding token is one
-    of ``text``, the tokens that begin and end texts. A row of nothing else is taken for text."""
+    row, unless it is an end token too. There, rows that differ in how many they have give a warning.
+
+    Beyond that rule: where it is a start token and every row begins with it, one of them is text; so is a row of
+    nothing else. None where nothing is padding.
+    """
     if pad is None or ids.dim() != 2 or ids.numel() == 0:
         return None
-    other = torch.ne(ids, pad).long()
-    inside = (other.cumsum(1) > 0) & (other.flip(1).cumsum(1).flip(1) > 0)
-    inside = inside | ~inside.any(1, keepdim=True)
-    if bool(inside.all()):
+    other, width = torch.ne(ids, pad).long(), ids.shape[1]
+    blank = ~other.any(1)
+    before, after = ((side.cumsum(1) == 0).sum(1).masked_fill(blank, 0) for side in (other, other.flip(1)))
+    if pad in eos:
+        if bool((before != before[0]).any() | (after != after[0]).any()):
+            warnings.warn(
+                f"rows begin or end with token {pad}, which both pads and ends text here, and no attention_mask was given: "
+                "it is taken for text; pass the tokenizer's attention_mask if it is padding",
+                stacklevel=3,
+            )
         return None
-    if pad in text and ids.shape[0] > 1:
-        warnings.warn(
-            f"rows begin or end with token {pad}, which here both pads and begins or ends text, and no attention_mask was "
-            "given: it is taken for text; pass the tokenizer's attention_mask if it is padding",
-            stacklevel=3,
-        )
-    return None if pad in text else inside
+    if pad in bos and bool((blank | (before > 0)).all()):
+        before = before - 1
+    position = torch.arange(width, device=ids.device)
+    inside = (position >= before[:, None]) & (position < width - after[:, None])
+    return None if bool(inside.all()) else inside
 
 
 def check_token(name: str, given: Any) -> int | None:

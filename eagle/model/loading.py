@@ -47,10 +47,13 @@ def check_settings(hf_kwargs: dict[str, Any]) -> None:
             dtype = _as_dtype(value)
             if dtype is None or not dtype.is_floating_point:
                 raise InvalidInputError(f"{name} is {value!r}; expected a floating-point dtype, its name or 'auto'")
-    device = _one_device(hf_kwargs.get("device_map"))
+    wanted = hf_kwargs.get("device_map")
+    if isinstance(wanted, bool) or (isinstance(wanted, int) and wanted < 0):
+        raise InvalidInputError(f"device_map is {wanted!r}; expected a device, its number, a map of modules or 'auto'")
+    device = _one_device(wanted)
     if device is not None and device.type == "cuda" and not torch.cuda.is_available():
         raise InvalidInputError(
-            f"device_map is {hf_kwargs['device_map']!r}, but PyTorch sees no CUDA device here; eagle doctor says why"
+            f"device_map is {wanted!r}, but PyTorch sees no CUDA device here; eagle doctor says why"
         )
 
 

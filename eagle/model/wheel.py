@@ -49,10 +49,12 @@ def download(requirement: str, folder: Path, on_bytes: Callable[[int], None] = l
 def _reason(line: str) -> str:
     """An installer's line; of pip's about a retry, only the innermost message of what broke the connection."""
     broken = re.search(r"connection broken by '(.*)': \S*$", line)
-    message = broken and re.search(r"""^.*[(,] ?(["'])(.+)\1\)+$""", re.sub(r"<[^>]* at 0x\w+>(: |, )?", "", broken[1]))
-    if not message:
+    if broken is None:
         return line
-    return f"cannot connect to proxy: {message[2]}" if "ProxyError" in line else message[2]
+    told = re.sub(r"<[^>]* at 0x\w+>(: |, )?", "", broken[1])
+    message = re.search(r"""^.*[(,] ?(["'])(.+)\1\)+$""", told)
+    told = told if message is None else message[2]
+    return f"cannot connect to proxy: {told}" if "ProxyError" in line else told
 
 
 def installer_command(requirement: str, folder: Path) -> list[str]:
