@@ -35,17 +35,15 @@ def prefill(
     budgets: new tokens allowed each row, the first included. reused: positions already valid in both caches (one row
     only). chunks: captured chunks, in which the rows take turns.
     """
+    device, lengths = run.target.device, [len(prompt) for prompt in prompts]
     # Before any pass is queued: a copy from the host's pageable memory waits for what the stream holds.
-    committed = torch.tensor([len(prompt) for prompt in prompts], device=run.target.device)
-    left = torch.tensor(budgets, device=run.target.device) - 1
+    committed, left = torch.tensor(lengths, device=device), torch.tensor(budgets, device=device) - 1
     if chunks is not None:
         found = [_captured(run, row, prompt, reused, chunks) for row, prompt in enumerate(prompts)]
         if all(pair is not None for pair in found):
             logits, features = (torch.cat(parts) for parts in zip(*found, strict=True))
             return _first_token(run, committed, left, logits, features)
     run = replace(run, caches=run.caches.first_rows(len(prompts)))
-    device = run.target.device
-    lengths = [len(prompt) for prompt in prompts]
     longest = max(lengths)
     tokens = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
     last_logits: list[torch.Tensor | None] = [None] * len(prompts)

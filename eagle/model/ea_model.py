@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import time
 import warnings
@@ -22,8 +23,7 @@ from eagle.model.engine_control import EngineControl
 from eagle.model.fingerprint import Fingerprint
 from eagle.model.inputs import (
     as_batch,
-    asked_temperature,
-    check_sampling,
+    asked_sampling,
     check_token,
     check_tree,
     padding_mask,
@@ -110,7 +110,7 @@ class EaModel(EngineControl, ReferenceMethods):
         Raises ModelNotFoundError, DownloadError, CheckpointError, UnsupportedModelError, InvalidInputError or, before
         weights are read that can't fit, OutOfMemoryError.
         """
-        check_settings(hf_kwargs)
+        check_settings(hf_kwargs, inspect.signature(cls.from_pretrained).parameters.values())
         check_tree(2 if total_token == -1 else total_token, depth, top_k, None)
         location = locate(
             name_or_path,
@@ -221,7 +221,8 @@ class EaModel(EngineControl, ReferenceMethods):
             uniforms = _uniforms(len(prompts), max(budgets) + self.tree_shape.path, generator, seed).to(self.device)
         stats = GenerationStats() if stats is None else stats
         self.last_stats = stats
-        stops = None if stop_strings is None else StopStrings(tokenizer or self.tokenizer, stop_strings)
+        reads = self.tokenizer if tokenizer is None else tokenizer
+        stops = None if stop_strings is None else StopStrings(reads, stop_strings)
         call = Call(prompts, budgets, self.tree_shape, sampling, eos, uniforms, speculative, reuse_prefix)
         steps = self._session.run(call, stats, self._refresh)
         return steps if stops is None else until_stopped(steps, stops, len(prompts), stats)
@@ -258,7 +259,7 @@ class EaModel(EngineControl, ReferenceMethods):
         same path. Raises InvalidInputError.
         """
         prompt = as_batch(input_ids)
-        sampling = check_sampling(asked_temperature(do_sample, temperature), top_p, top_k, top_k_first=True)
+        sampling = asked_sampling(do_sample, temperature, top_p, top_k)
         eos = self._eos_ids(eos_token_id)
         pad = check_token("pad_token_id", pad_token_id)
         if attention_mask is None:
@@ -321,11 +322,7 @@ class EaModel(EngineControl, ReferenceMethods):
 
     def _eos_ids(self, given: int | Iterable[int] | None) -> set[int]:
         if given is None:
-            config = self.base_model.generation_config
-            given = config.eos_token_id if config is not None else None
-            given = getattr(self.target.config, "eos_token_id", None) if given is None else given
-        if given is None:
-            return set()
+            given = next((found for found in self._configured("eos_token_id") if found is not None), ())
         if isinstance(given, torch.Tensor):
             given = given.flatten().tolist()
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,22 +44,25 @@ def check_sampling(
     return Sampling(temperature, float(asked.top_p), asked.top_k, top_k_first)
 
 
-def asked_temperature(do_sample: bool | None, temperature: float | None) -> float | None:
-    """The temperature that ``do_sample``, transformers' word, and a temperature stand for: False is greedy whatever the
-    temperature; True samples, at 1 where none is given. Raises InvalidInputError for True at a greedy temperature, and what
-    `check_sampling` raises."""
-    given = check_sampling(temperature, None, None, top_k_first=True)
+def asked_sampling(
+    do_sample: bool | None, temperature: float | None, top_p: float | None, top_k: float | None
+) -> Sampling:
+    """`check_sampling` by transformers' words: ``do_sample`` False is greedy whatever the temperature, True samples, at 1
+    where no temperature is given. Raises InvalidInputError also for True at a greedy temperature."""
+    asked = check_sampling(temperature, top_p, top_k, top_k_first=True)
     if do_sample is None:
-        return temperature
+        return asked
     if do_sample not in (True, False):
         raise InvalidInputError(f"do_sample is {do_sample!r}; expected True, False or None")
     if not do_sample:
-        return 0.0
-    if temperature is not None and given.greedy:
+        return replace(asked, temperature=0.0)
+    if temperature is None:
+        return replace(asked, temperature=1.0)
+    if asked.greedy:
         raise InvalidInputError(
             f"do_sample is True, but temperature {temperature:g} is greedy; give a higher one, or leave it out"
         )
-    return 1.0 if temperature is None else temperature
+    return asked
 
 
 def padding_mask(ids: torch.Tensor, pad: int | None, eos: set[int], bos: set[int]) -> torch.Tensor | None:

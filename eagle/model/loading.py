@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 import pickle
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,24 +25,13 @@ from eagle.model.locate import RANDOM_DRAFT, ModelLocation
 from eagle.model.memory import check_fits, check_memory
 from eagle.model.widened import SmallPair, build_in_memory, part_bytes, shape_of
 
-OWN_SETTINGS = (
-    "ea_model_path",
-    "base_model_path",
-    "use_eagle3",
-    "total_token",
-    "depth",
-    "top_k",
-    "threshold",
-    "in_memory",
-)
-"""Keywords of `EaModel.from_pretrained` itself; all others are transformers'."""
 
-
-def check_settings(hf_kwargs: dict[str, Any]) -> None:
-    """Refuse a keyword meant for transformers that is nearly one of ours, or nearly ``device_map``, and a dtype or a device
-    that can't be, before anything is read. Raises InvalidInputError."""
+def check_settings(hf_kwargs: dict[str, Any], own: Iterable[inspect.Parameter]) -> None:
+    """Refuse a keyword meant for transformers that is nearly one of our ``own``, or nearly ``device_map``, and a dtype or a
+    device that can't be, before anything is read. Raises InvalidInputError."""
+    ours = [parameter.name for parameter in own if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
     for name, value in hf_kwargs.items():
-        close = ["device_map"] if name == "device" else difflib.get_close_matches(name, OWN_SETTINGS, n=1, cutoff=0.8)
+        close = ["device_map"] if name == "device" else difflib.get_close_matches(name, ours, n=1, cutoff=0.8)
         if close:
             raise InvalidInputError(f"from_pretrained takes no {name!r}; did you mean {close[0]}?")
         if name in ("dtype", "torch_dtype") and value not in (None, "auto") and not isinstance(value, dict):
@@ -53,7 +44,7 @@ def check_settings(hf_kwargs: dict[str, Any]) -> None:
     device = _one_device(wanted)
     if device is not None and device.type == "cuda" and not torch.cuda.is_available():
         raise InvalidInputError(
-            f"device_map is {wanted!r}, but PyTorch sees no CUDA device here; eagle doctor says why"
+            f"device_map is {wanted!r}, but PyTorch sees no CUDA device here; leave it out for the CPU"
         )
 
 
@@ -133,7 +124,9 @@ def load_target(source: str, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
             re.search(r"unexpected keyword argument '(\w+)'", str(error)) if isinstance(error, TypeError) else None
         )
         if unknown is not None and unknown[1] in hf_kwargs:
-            raise InvalidInputError(f"from_pretrained takes no {unknown[1]!r}, and nor does the model") from error
+            raise InvalidInputError(
+                f"from_pretrained takes no {unknown[1]!r}, and nor does the model; leave it out"
+            ) from error
         if not any(folder.glob("*.safetensors")):
             read_tensors(folder)  # says in one line which pickle is damaged or wants to run code
         raise ModelNotFoundError(
