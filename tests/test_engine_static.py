@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import tiny_draft, tiny_eagle, tiny_target
 
-from eagle.engine import captures, session
+from eagle.engine import captures, exactness, session
 from eagle.engine.session import Session
 from eagle.engine.settings import EngineSettings
 from eagle.engine.state import ROW_TILE, StaticState
@@ -154,9 +154,10 @@ def test_exact_calls_take_the_ops_for_any_number_of_rows(exact, batches, monkeyp
 
 @pytest.mark.parametrize(("exact", "kept"), [("auto", [4]), (True, [4, 5]), (False, [])])
 def test_a_large_targets_products_of_many_rows_are_the_librarys(exact, kept, monkeypatch) -> None:
-    eagle, asked = tiny_eagle(60, 3, 8), []
+    target, asked = tiny_target().to(torch.bfloat16), []
+    eagle = EaModel(target, tiny_draft(target), total_token=60, depth=3, top_k=8)
     monkeypatch.setattr(session, "decoding_ops", lambda ops: (asked.append(ops), ops)[1])
-    monkeypatch.setattr(session, "AUTO_PRODUCT_WIDTH", 0)
+    monkeypatch.setattr(exactness, "NARROW", 0)
     eagle.configure_engine(EngineSettings(exact=exact))
     found = []
     for batch in (4, 5):
@@ -173,7 +174,7 @@ def test_the_report_tells_what_is_padded() -> None:
         eagle.configure_engine(EngineSettings(exact=exact))
         said[exact] = {choice.op: choice.reason for choice in eagle.kernel_report()}["step"]
     assert said[True] == f"{said[False]}; exact: every pass in whole tiles of 64 rows"
-    assert said["auto"] == f"{said[True]} that adds at most 48"
+    assert said["auto"] == f"{said[True]} where that takes at most a tenth longer"
 
 
 def test_auto_takes_turns_with_one_set_of_caches_and_one_step_a_kind(monkeypatch) -> None:

@@ -38,7 +38,7 @@ def measured(monkeypatch, tmp_path) -> list[list[list[int]]]:
 
     def measure_trees(model, rows, told=None):
         found.append(rows)
-        return [TreeFigures(FASTEST, 100.0, 1.0, 2.0)]
+        return [TreeFigures(FASTEST, 100.0, 1.0, 2.0, 3, 3)]
 
     monkeypatch.setenv("EAGLE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(EaModel, "captures_steps", True)

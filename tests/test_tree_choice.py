@@ -30,7 +30,25 @@ def test_candidates_are_measured_and_the_tree_stays() -> None:
         expected = figures.accept_length / figures.ms_a_step * 1e3
         assert figures.tokens_per_second == pytest.approx(expected, rel=0.02)
         assert str(figures.shape.total_token) in str(figures)
+        assert (figures.replies, figures.equal) == (2, 2)
     assert model.tree_shape == before
+
+
+def test_a_reply_that_differs_from_plain_decodings_is_told(monkeypatch) -> None:
+    model = tiny_eagle(total_token=9, depth=1, top_k=4)
+    stream = model.stream
+
+    def misread(prompts, **options):
+        """Speculative decoding of the second prompt ends in another token."""
+        tokens = [token for (new,) in stream(prompts, **options) for token in new]
+        if options["speculative"] and prompts == [[6, 7]]:
+            tokens[-1] += 1
+        yield [tokens]
+
+    monkeypatch.setattr(model, "stream", misread)
+    (figures,) = measure_trees(model, [[3, 4, 5], [6, 7], [8]], SHAPES[:1], new_tokens=12)
+    assert (figures.replies, figures.equal) == (3, 2)
+    assert str(figures).endswith("2 of 3 replies equal to plain decoding's")
 
 
 def test_no_prompts_are_refused() -> None:
@@ -58,7 +76,7 @@ def test_a_folder_that_can_not_be_written_costs_the_memory_alone(tmp_path, monke
     monkeypatch.setenv("EAGLE_CACHE", str(file))
     monkeypatch.setattr(Session, "replays", True)
     monkeypatch.setattr("eagle.commands.reply.encode_prompt", lambda tokenizer, text, raw: [3, 4, 5])
-    best = TreeFigures(SHAPES[1], 100.0, 1.0, 2.0)
+    best = TreeFigures(SHAPES[1], 100.0, 1.0, 2.0, 3, 3)
     monkeypatch.setattr("eagle.engine.tree_choice.measure_trees", lambda model, rows, told: [best])
     model = tiny_eagle(total_token=9, depth=1, top_k=4)
     choose_tree(model)
@@ -80,7 +98,7 @@ def test_a_choice_that_can_not_be_read_is_measured_again(tmp_path, monkeypatch, 
     monkeypatch.setattr(Session, "replays", True)
     monkeypatch.setattr("eagle.commands.reply.encode_prompt", lambda tokenizer, text, raw: [3, 4, 5])
     monkeypatch.setattr(
-        "eagle.engine.tree_choice.measure_trees", lambda *_, **__: [TreeFigures(SHAPES[0], 9.0, 1.0, 2.0)]
+        "eagle.engine.tree_choice.measure_trees", lambda *_, **__: [TreeFigures(SHAPES[0], 9.0, 1.0, 2.0, 3, 3)]
     )
     model = tiny_eagle(total_token=9, depth=1, top_k=4)
     remember(tmp_path, choice_key(model), SHAPES[1])

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from eagle.engine import exactness
 from eagle.engine.cache_store import CacheStore, Demand
 from eagle.engine.captures import Captures
 from eagle.engine.loop import GenerationStats, decode
@@ -21,17 +22,6 @@ from eagle.model.fused_draft import FusedDraft
 from eagle.model.ops import Sampling, TreeShape
 from eagle.model.target import Target
 from eagle.model.triton_kernels.dispatch import decoding_ops, products_by_kernel
-
-AUTO_ROWS = 48
-"""Rows a pass may be given in addition for ``exact="auto"``, which is to cost at most a tenth of a step: 4 for a tree of 60
-nodes cost up to 0.4 %, 16 for four of them 1.8 %, 48 for one of 16 nodes 5 to 6 %; 59 for a chain 9 to 11 %, 63 for plain
-decoding 14 to 16 %, 192 for four trees of 16 nodes 8 to 23 % (the 8B shape and SmolLM2-135M by their own modules, H100,
-bfloat16)."""
-
-AUTO_PRODUCT_ROWS, AUTO_PRODUCT_WIDTH = 256, 1024
-"""A fused target's products of more rows than that go to the library with ``exact="auto"``, unless its hidden size is so
-small. Steps of 60 nodes by the kernels and by the library, in ms (H100, bfloat16): the 8B shape in batches of 4 11.29 and
-10.94, of 8 17.90 and 15.58; SmolLM2-135M 1.35 and 1.58, 1.57 and 1.76."""
 
 
 @dataclass(frozen=True)
@@ -99,22 +89,17 @@ class Session:
         return self._why_eager() is None
 
     def pads_rows(self, call: Call) -> bool:
-        """Whether a call's target passes are padded to whole tiles, so that a library's products keep each row's bits.
-
-        ``exact="auto"`` pads where at most `AUTO_ROWS` are added.
-        """
+        """Whether a call's target passes are padded to whole tiles, so that a library's products keep each row's bits."""
         if not self.library_products:
             return False
         if self.settings.exact == "auto":
-            nodes = call.shape.total_token if call.speculative else 1
-            return len(call.prompts) * (-nodes % ROW_TILE) <= AUTO_ROWS
+            return exactness.pads(*self._sizes(call))
         return self.settings.exact
 
     def keeps_kernels(self, call: Call) -> bool:
         """Whether a call's products stay with the kernels however many rows they have, so that each keeps its bits."""
         if self.settings.exact == "auto":
-            rows = len(call.prompts) * (call.shape.total_token if call.speculative else 1)
-            return rows <= AUTO_PRODUCT_ROWS or self.target.spec.hidden_size <= AUTO_PRODUCT_WIDTH
+            return exactness.keeps_kernels(*self._sizes(call))
         return self.settings.exact
 
     @property
@@ -149,8 +134,13 @@ class Session:
         if self.settings.exact and self.library_products:
             reason += f"; exact: every pass in whole tiles of {ROW_TILE} rows"
             if self.settings.exact == "auto":
-                reason += f" that adds at most {AUTO_ROWS}"
+                reason += " where that takes at most a tenth longer"
         return engine, reason
+
+    def _sizes(self, call: Call) -> tuple[int, int, int, torch.dtype]:
+        """Nodes of a tree, trees of a pass, the target's hidden size and dtype: what exactness' price depends on."""
+        nodes = call.shape.total_token if call.speculative else 1
+        return nodes, len(call.prompts), self.target.spec.hidden_size, self.target.feature_dtype
 
     def _why_eager(self) -> str | None:
         device = self.target.device

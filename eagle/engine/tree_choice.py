@@ -1,8 +1,9 @@
 """Which tree is fastest for a model here: measured on text, since step time and acceptance both depend on it.
 
 A larger tree commits more tokens a step and costs more; where the two cross differs with target, head and GPU. Each
-candidate generates the same short replies; the one with the most tokens a second of decoding wins. The result is kept in
-the user's cache folder, under everything it depends on.
+candidate generates the same short replies; the one with the most tokens a second of decoding wins. Plain decoding writes
+them too, so that a speed comes with the share of replies that equal its own. The result is kept in the user's cache folder,
+under everything it depends on.
 """
 
 from __future__ import annotations
@@ -46,12 +47,16 @@ class TreeFigures:
     tokens_per_second: float
     ms_a_step: float
     accept_length: float
+    replies: int
+    equal: int
+    """Of the replies, those that equal plain decoding's token for token."""
 
     def __str__(self) -> str:
         shape = self.shape
         return (
             f"{shape.total_token},{shape.depth},{shape.top_k}: {self.tokens_per_second:.0f} tokens/s, "
-            f"{self.ms_a_step:.2f} ms a step, accept length {self.accept_length:.2f}"
+            f"{self.ms_a_step:.2f} ms a step, accept length {self.accept_length:.2f}, "
+            f"{self.equal} of {self.replies} replies equal to plain decoding's"
         )
 
 
@@ -70,20 +75,25 @@ def measure_trees(
         raise InvalidInputError("no prompts to measure trees on; pass at least one list of token ids")
     before, found = model.tree_shape, []
     try:
+        plain = [_reply(model, row, new_tokens, speculative=False) for row in prompts]
         for shape in candidates:
             if shape.top_k > model.ea_layer.config.draft_vocab_size:
                 continue
             model.set_tree(shape.total_token, shape.depth, shape.top_k)
-            steps, seconds, lengths = 0, 0.0, []
-            for index, row in enumerate([prompts[0], *prompts]):
-                for _ in model.stream([row], max_new_tokens=new_tokens, eos_token_id=()):
-                    pass
-                if index:
-                    stats = model.last_stats
-                    steps, seconds = steps + stats.steps, seconds + stats.decode_seconds
-                    lengths += stats.accept_lengths
+            steps, seconds, lengths, equal = 0, 0.0, [], 0
+            _reply(model, prompts[0], new_tokens)  # captures and caches
+            for row, expected in zip(prompts, plain, strict=True):
+                equal += _reply(model, row, new_tokens) == expected
+                stats = model.last_stats
+                steps, seconds = steps + stats.steps, seconds + stats.decode_seconds
+                lengths += stats.accept_lengths
             figures = TreeFigures(
-                shape, sum(lengths) / seconds, 1e3 * seconds / max(1, steps), sum(lengths) / max(1, len(lengths))
+                shape,
+                sum(lengths) / seconds,
+                1e3 * seconds / max(1, steps),
+                sum(lengths) / max(1, len(lengths)),
+                len(prompts),
+                equal,
             )
             found.append(figures)
             if told is not None:
@@ -92,6 +102,12 @@ def measure_trees(
         model.set_tree(before.total_token, before.depth, before.top_k)
         model.drop_captures()  # a capture for each candidate, of which one will be wanted
     return sorted(found, key=lambda figures: -figures.tokens_per_second)
+
+
+def _reply(model: EaModel, prompt: list[int], new_tokens: int, *, speculative: bool = True) -> list[int]:
+    """``new_tokens`` tokens after a prompt."""
+    options = {"max_new_tokens": new_tokens, "eos_token_id": (), "speculative": speculative}
+    return [token for (new,) in model.stream([prompt], **options) for token in new]
 
 
 def choice_key(model: EaModel) -> dict[str, Any]:
