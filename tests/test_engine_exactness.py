@@ -1,95 +1,105 @@
-"""Where exactness is on by default: at most a tenth of a step, in the cases that were measured and in all others."""
+"""Where exactness is on by default: held against every measured price in docs/benchmarks, and the rule's own edges."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eagle.engine.exactness import keeps_kernels, pads
+from eagle.engine.exactness import SMALL, keeps_kernels, pads
 
-SMALL, LARGE, LARGEST = 576, 3072, 4096
-HALF, FULL = torch.bfloat16, torch.float32
-
-# nodes, trees, hidden size, dtype, what padding costs in % of a step (one H200, docs/benchmarks/h200; means of all runs)
-PADDING = [
-    (60, 1, SMALL, HALF, -0.6),
-    (60, 2, SMALL, HALF, -0.2),
-    (60, 4, SMALL, HALF, 0.8),
-    (60, 8, SMALL, HALF, 1.2),
-    (60, 16, SMALL, HALF, 3.2),
-    (16, 1, SMALL, HALF, 6.2),
-    (16, 2, SMALL, HALF, 5.7),
-    (16, 4, SMALL, HALF, 7.7),
-    (16, 8, SMALL, HALF, 12.9),
-    (5, 1, SMALL, HALF, 8.7),
-    (5, 2, SMALL, HALF, 10.2),
-    (5, 4, SMALL, HALF, 11.9),
-    (5, 8, SMALL, HALF, 16.8),
-    (1, 1, SMALL, HALF, 18.4),
-    (1, 2, SMALL, HALF, 16.7),
-    (1, 4, SMALL, HALF, 24),
-    (60, 1, SMALL, FULL, 0.2),
-    (60, 4, SMALL, FULL, 1.2),
-    (16, 1, SMALL, FULL, -35),
-    (16, 4, SMALL, FULL, 26),
-    (5, 1, SMALL, FULL, 29),
-    (5, 4, SMALL, FULL, 40),
-    (1, 1, SMALL, FULL, 84),
-    (60, 1, LARGE, HALF, 0.1),
-    (60, 4, LARGE, HALF, 1.0),
-    (16, 1, LARGE, HALF, 4.4),
-    (16, 2, LARGE, HALF, 9.8),
-    (16, 4, LARGE, HALF, 24.7),
-    (5, 1, LARGE, HALF, 12.4),
-    (5, 2, LARGE, HALF, 16.0),
-    (1, 1, LARGE, HALF, 17.3),
-    (60, 1, LARGE, FULL, 0.0),
-    (16, 1, LARGE, FULL, -3.9),
-    (5, 1, LARGE, FULL, 51),
-    (1, 1, LARGE, FULL, 130),
-    (60, 1, LARGEST, HALF, 1.8),
-    (60, 2, LARGEST, HALF, 0.1),
-    (60, 4, LARGEST, HALF, 0.9),
-    (16, 1, LARGEST, HALF, 5.8),
-    (16, 2, LARGEST, HALF, 9.99),
-    (16, 4, LARGEST, HALF, 28.5),
-    (5, 1, LARGEST, HALF, 12.5),
-    (5, 2, LARGEST, HALF, 15.7),
-    (1, 1, LARGEST, HALF, 16.8),
-    (1, 4, LARGEST, HALF, 56),
-]
+BENCHMARKS = Path(__file__).parents[1] / "docs" / "benchmarks"
+PAIRS = sorted(path for path in BENCHMARKS.glob("*/exactness/*-exact.json") if "-not-" not in path.name)
+WIDTHS = {"SmolLM2-135M": 576, "EAGLE-3B": 3072, "EAGLE-8B": 4096}
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
-@pytest.mark.parametrize(("nodes", "trees", "width", "dtype", "price"), PADDING)
-def test_padding_is_on_where_it_cost_at_most_a_tenth(nodes, trees, width, dtype, price) -> None:
-    assert pads(nodes, trees, width, dtype) == (price <= 10)
+def measured(path: Path) -> dict[tuple[str, int], tuple[dict, float]]:
+    """Of a run with exactness and its pair without, by tree and batch: what was run, and the price in % of a step."""
+    exact, free = (
+        {(row["name"], row["batch"]): row for row in json.loads(part.read_text(encoding="utf-8"))["results"]}
+        for part in (path, path.with_name(path.name.replace("-exact", "-not-exact")))
+    )
+    return {key: (exact[key], 100 * (exact[key]["step_ms"] / free[key]["step_ms"] - 1)) for key in exact}
+
+
+@pytest.mark.parametrize("path", PAIRS, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
+def test_it_is_on_where_it_cost_less_than_a_tenth(path) -> None:
+    for (name, batch), (run, price) in measured(path).items():
+        nodes = 1 if name == "plain" else int(name.split(",")[0])
+        fused = run.get("fused", "fused" in path.name)
+        rule = keeps_kernels if fused else pads
+        on = rule(nodes, batch, WIDTHS[run["model"]], getattr(torch, run["dtype"]))
+        if on:
+            assert price < 10, f"{name}, batch {batch}: {price:.1f} %"
+        elif (name, batch) != ("5,3,1", 1):  # see test_chains_are_left_alone
+            assert price > 9.5, f"{name}, batch {batch}: {price:.1f} %"
+
+
+def test_chains_are_left_alone() -> None:
+    """One by SmolLM2-135M's modules costs 8 to 9 % and, padded, equals the default's plain decoding less often."""
+    folder = BENCHMARKS / "h200" / "exactness"
+    (_, price) = measured(folder / "modules-exact.json")["5,3,1", 1]
+    assert 8 < price < 10
+    free, padded = (
+        next(
+            row
+            for row in json.loads((folder / f"modules-{kind}.json").read_text(encoding="utf-8"))["results"]
+            if (row["name"], row["batch"]) == ("5,3,1", 1)
+        )
+        for kind in ("not-exact", "padded-chain")
+    )
+    assert free["equal"] == 8
+    assert padded["equal"] == 5
+    assert not pads(5, 1, 576, BF16)
 
 
 @pytest.mark.parametrize(
-    ("nodes", "trees", "width", "dtype", "price"),
+    ("nodes", "trees", "width", "dtype", "on"),
     [
-        (60, 4, LARGEST, HALF, 2.3),
-        (60, 8, LARGEST, HALF, 13.5),
-        (16, 8, LARGEST, HALF, 1.4),
-        (60, 8, SMALL, HALF, -11),
-        (60, 8, SMALL, FULL, -24),
-        (60, 8, LARGE, FULL, -35),
+        (60, 100, 4096, FP32, True),  # 4 for 60
+        (58, 9, 4096, BF16, False),  # 6 for 58, 54 in all
+        (58, 8, 4096, BF16, True),
+        (16, 1, 4096, FP32, True),
+        (15, 1, 4096, BF16, False),
+        (16, 2, 4096, BF16, False),
+        (16, 4, SMALL, BF16, True),
+        (16, 4, SMALL, FP16, True),
+        (16, 4, SMALL, FP32, False),
+        (16, 4, SMALL + 1, BF16, False),
+        (16, 5, SMALL, BF16, False),
+        (15, 2, SMALL, BF16, False),
+        (1, 1, SMALL, BF16, False),
     ],
 )
-def test_the_kernels_keep_products_where_that_cost_at_most_a_tenth(nodes, trees, width, dtype, price) -> None:
-    assert keeps_kernels(nodes, trees, width, dtype) == (price <= 10)
+def test_padding_at_the_edges(nodes, trees, width, dtype, on) -> None:
+    assert pads(nodes, trees, width, dtype) == on
 
 
-@given(st.integers(1, 8), st.integers(1, 64), st.integers(1, 20_000), st.sampled_from([torch.float16, HALF, FULL]))
-def test_full_tiles_are_always_exact_and_float16_is_as_bfloat16(tiles, trees, width, dtype) -> None:
+@pytest.mark.parametrize(
+    ("nodes", "trees", "width", "dtype", "on"),
+    [
+        (64, 4, 4096, BF16, True),
+        (65, 4, 4096, BF16, False),
+        (65, 4, 4096, FP32, True),
+        (65, 4, SMALL, FP16, True),
+        (65, 4, SMALL + 1, FP16, False),
+    ],
+)
+def test_products_at_the_edges(nodes, trees, width, dtype, on) -> None:
+    assert keeps_kernels(nodes, trees, width, dtype) == on
+
+
+@given(st.integers(1, 8), st.integers(1, 64), st.integers(1, 20_000), st.sampled_from([BF16, FP16, FP32]))
+def test_full_tiles_are_always_exact(tiles, trees, width, dtype) -> None:
     assert pads(64 * tiles, trees, width, dtype)
-    assert pads(64 * tiles - tiles, trees, width, dtype)
-    assert pads(16 * tiles, trees, width, torch.float16) == pads(16 * tiles, trees, width, HALF)
 
 
-@given(st.integers(1, 130), st.integers(1, 63), st.integers(1, 20_000), st.sampled_from([HALF, FULL]))
+@given(st.integers(1, 130), st.integers(1, 63), st.integers(1, 20_000), st.sampled_from([BF16, FP16, FP32]))
 def test_more_trees_never_turn_it_on(nodes, trees, width, dtype) -> None:
-    for choice in (pads, keeps_kernels):
-        assert choice(nodes, trees, width, dtype) or not choice(nodes, trees + 1, width, dtype)
+    for rule in (pads, keeps_kernels):
+        assert rule(nodes, trees, width, dtype) or not rule(nodes, trees + 1, width, dtype)

@@ -157,7 +157,7 @@ def test_a_large_targets_products_of_many_rows_are_the_librarys(exact, kept, mon
     target, asked = tiny_target().to(torch.bfloat16), []
     eagle = EaModel(target, tiny_draft(target), total_token=60, depth=3, top_k=8)
     monkeypatch.setattr(session, "decoding_ops", lambda ops: (asked.append(ops), ops)[1])
-    monkeypatch.setattr(exactness, "NARROW", 0)
+    monkeypatch.setattr(exactness, "SMALL", 0)
     eagle.configure_engine(EngineSettings(exact=exact))
     found = []
     for batch in (4, 5):
@@ -177,8 +177,29 @@ def test_the_report_tells_what_is_padded() -> None:
     assert said["auto"] == f"{said[True]} where that takes at most a tenth longer"
 
 
+def test_the_report_tells_what_a_large_target_leaves_to_the_library(monkeypatch) -> None:
+    eagle = tiny_eagle(12, 2, 4)
+    eagle.configure_engine(EngineSettings(fused="on", exact="auto"))
+    monkeypatch.setattr(session, "products_by_kernel", lambda ops: True)
+    told = "not exact: products of more than 256 rows"
+    assert told not in eagle.kernel_report()[-2].reason
+    monkeypatch.setattr(exactness, "favours_kernels", lambda width, dtype: False)
+    assert told in eagle.kernel_report()[-2].reason
+
+
+@pytest.mark.parametrize(("captured", "trees"), [(False, 3), (True, 4)])
+def test_a_pass_has_the_rows_its_step_was_captured_for(captured, trees, monkeypatch) -> None:
+    eagle, asked = tiny_eagle(12, 2, 4), []
+    eagle.configure_engine(EngineSettings("captured", exact="auto"))
+    monkeypatch.setattr(Session, "replays", captured)
+    monkeypatch.setattr(exactness, "pads", lambda *size: (asked.append(size), False)[1])
+    eagle.generate(prompts(5, 5, 5)[0], max_new_tokens=3)
+    hidden = eagle.base_model.config.hidden_size
+    assert set(asked) == {(12, trees, hidden, torch.float32)}
+
+
 def test_auto_takes_turns_with_one_set_of_caches_and_one_step_a_kind(monkeypatch) -> None:
-    eagle = tiny_eagle(50, 2, 7)
+    eagle = tiny_eagle(52, 2, 7)
     eagle.exact = "auto"
     short, long = prompts(9, 2, 5), prompts(210, 7, 30)  # long's positions and 64 rows more exceed a block of slots
     calls = [(ids, mask, kind) for ids, mask in (short, long, short) for kind in (False, True)]

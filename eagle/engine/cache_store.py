@@ -26,6 +26,11 @@ WORTH_SAYING = 1.0
 """GiB of caches from which on a user is told before they are taken."""
 
 
+def captured_rows(batch: int) -> int:
+    """Rows of the captured step that serves ``batch`` prompts: the next power of two, so that few are captured."""
+    return 1 << (batch - 1).bit_length()
+
+
 @dataclass(frozen=True)
 class Demand:
     """What a call needs. captured: steps are replayed; in_turns: rows take turns for prefill, in caches of one row."""
@@ -39,8 +44,8 @@ class Demand:
 
     @property
     def sizes(self) -> list[int]:
-        """Rows to allocate, best first: captured steps serve the batch's power of two, so that few are captured."""
-        bucket = 1 << (self.batch - 1).bit_length()
+        """Rows to allocate, best first."""
+        bucket = captured_rows(self.batch)
         return [bucket, self.batch] if self.captured and bucket != self.batch else [self.batch]
 
     @property

@@ -1,9 +1,11 @@
-"""Where ``exact="auto"`` is exact: wherever that takes at most a tenth of a step.
+"""Where ``exact="auto"`` is exact: where that was measured to take at most a tenth of a step.
 
 Exactness costs something in two places. A library's products keep each row's bits only in passes padded to whole tiles of
-rows, and a large target's products of many rows are the library's faster than the kernels'. Both prices depend on rows,
-width and dtype, and the rules are what was measured: on an H100 and an H200 (``docs/benchmarks``), here on the H200 where
-nothing else is said.
+rows, and a large target's products of many rows are the library's faster than the kernels'. The prices, on an H100 and an
+H200, lie in ``docs/benchmarks``; a test holds these rules against the files.
+
+Plain decoding is never padded here: one row in a tile of 64 costs 15 to 18 % of its step, in float32 84 % and more. So
+EAGLE's padded passes write what plain decoding writes with ``exact=True``, whatever the tree.
 """
 
 from __future__ import annotations
@@ -12,44 +14,46 @@ import torch
 
 from eagle.engine.state import ROW_TILE
 
-NARROW = 1024
-"""Hidden size up to which a target counts as small: its passes are bound by launches. SmolLM2-135M has 576, the shapes of
-3B and 8B have 3,072 and 4,096."""
+SMALL = 1024
+"""Hidden size up to which a target's passes in 16 bits are bound by launches. SmolLM2-135M has 576; the next that were
+measured, the shapes of 3B and 8B, 3,072 and 4,096."""
 
-ADDED_ROWS, SHARED_ROWS = 48, 128
-"""Rows a pass may be given in addition; or up to three for each it has, if they are then so many together. In % of a step
-in bfloat16 by the modules of SmolLM2-135M, 3B and 8B: 4 for a tree of 60 nodes 0, 0, 2; 64 for sixteen of SmolLM2-135M's 3;
-48 for one of 16 nodes 6, 4, 6; 96 for two 6, 10, 10; 192 for four 8, 25, 29; 59 for a chain of 4 9, 12, 12; 63 for plain
-decoding 18, 17, 17."""
+ADDED_ROWS = 48
+"""A pass may be given so many rows: those of one tree of 16 nodes. H200: 6 % of a step by SmolLM2-135M's modules, 4 by
+3B's, 6 by 8B's, in float32 −35 and −4; 59 for a chain of 4 cost 8 to 9, 12, 13, 29 and 51; 96 for two trees of 16 cost 3B
+and 8B 9.8 to 10.1."""
 
-NARROW_ADDED_ROWS, NARROW_SHARED_ROWS = 60, 256
-"""The same for small targets in 16 bits. SmolLM2-135M, beside the above: 118 for two chains 10.2, 236 for four 12, 384 for
-eight trees of 16 nodes 13."""
-
-FLOAT32_ADDED_ROWS = 48
-"""In float32 none for each of its own. 48 for a tree of 16 nodes gain SmolLM2-135M 35 and 3B 4, 59 for a chain cost 29 and
-51, 192 for four trees of 16 nodes SmolLM2-135M 26."""
+SMALL_PADDED_ROWS = 256
+"""So many rows may a small target's pass in 16 bits have after padding, if a quarter of them are its own: four trees of 16
+nodes cost 8 % (H100, H200), eight 13."""
 
 KERNEL_ROWS = 256
 """A larger target's products in 16 bits may have so many rows by the kernels. Steps of trees of 60 nodes by them and by the
 library, in ms: four of 8B 11.29 and 10.94 (H100), 9.50 and 9.29 (H200), eight 17.90 and 15.58, 16.10 and 14.19;
-SmolLM2-135M in bfloat16 1.35 and 1.58, 1.57 and 1.76 (H100), in float32 3.21 and 4.30, 5.27 and 6.91 (H200), eight of 3B
-in float32 55.25 and 85.02."""
+SmolLM2-135M 1.35 and 1.58, 1.57 and 1.76 (H100), in float32 3.21 and 4.30, 5.27 and 6.91 (H200), eight of 3B in float32
+55.25 and 85.02."""
 
 
-def pads(nodes: int, batch: int, width: int, dtype: torch.dtype) -> bool:
-    """Whether a pass of ``batch`` trees of ``nodes`` nodes is padded to whole tiles, for a target of hidden size ``width``
-    whose products a library computes in ``dtype``."""
-    rows, added = batch * nodes, batch * (-nodes % ROW_TILE)
-    if 10 * added <= rows:  # at most a tenth even where time grows with rows
+def pads(nodes: int, trees: int, width: int, dtype: torch.dtype) -> bool:
+    """Whether a pass of ``trees`` trees of ``nodes`` nodes is padded to whole tiles of rows, by a target of hidden size
+    ``width`` whose products a library computes in ``dtype``.
+
+    It is where few rows are added: at most a tenth of its own, or few in all; and by small targets in 16 bits where there
+    are not many rows and each tree fills a quarter of its tiles.
+    """
+    rows, added = trees * nodes, trees * (-nodes % ROW_TILE)
+    if 10 * added <= rows or added <= ADDED_ROWS:
         return True
-    if dtype == torch.float32:
-        return added <= FLOAT32_ADDED_ROWS
-    alone, together = (NARROW_ADDED_ROWS, NARROW_SHARED_ROWS) if width <= NARROW else (ADDED_ROWS, SHARED_ROWS)
-    return added <= alone or (added <= 3 * rows and rows + added <= together)
+    small = width <= SMALL and dtype != torch.float32
+    return small and added <= 3 * rows and rows + added <= SMALL_PADDED_ROWS
 
 
-def keeps_kernels(nodes: int, batch: int, width: int, dtype: torch.dtype) -> bool:
-    """Whether the kernels compute a fused target's products in a pass of ``batch`` trees of ``nodes`` nodes, though a
+def keeps_kernels(nodes: int, trees: int, width: int, dtype: torch.dtype) -> bool:
+    """Whether the kernels compute a fused target's products in a pass of ``trees`` trees of ``nodes`` nodes, though a
     library may be faster."""
-    return batch * nodes <= KERNEL_ROWS or width <= NARROW or dtype == torch.float32
+    return trees * nodes <= KERNEL_ROWS or favours_kernels(width, dtype)
+
+
+def favours_kernels(width: int, dtype: torch.dtype) -> bool:
+    """Whether a target's steps are faster by the kernels than by a library for any number of rows."""
+    return width <= SMALL or dtype == torch.float32

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from eagle.engine import exactness
-from eagle.engine.cache_store import CacheStore, Demand
+from eagle.engine.cache_store import CacheStore, Demand, captured_rows
 from eagle.engine.captures import Captures
 from eagle.engine.loop import GenerationStats, decode
 from eagle.engine.memory import free_bytes, too_large
@@ -93,13 +93,13 @@ class Session:
         if not self.library_products:
             return False
         if self.settings.exact == "auto":
-            return exactness.pads(*self._sizes(call))
+            return exactness.pads(*self._pass(call))
         return self.settings.exact
 
     def keeps_kernels(self, call: Call) -> bool:
         """Whether a call's products stay with the kernels however many rows they have, so that each keeps its bits."""
         if self.settings.exact == "auto":
-            return exactness.keeps_kernels(*self._sizes(call))
+            return exactness.keeps_kernels(*self._pass(call))
         return self.settings.exact
 
     @property
@@ -131,16 +131,28 @@ class Session:
             engine, reason = "captured", "one CUDA graph a step"
             if self.captures.prefill_reason is not None:
                 reason += f"; prompts could not be captured: {self.captures.prefill_reason}"
-        if self.settings.exact and self.library_products:
-            reason += f"; exact: every pass in whole tiles of {ROW_TILE} rows"
-            if self.settings.exact == "auto":
-                reason += " where that takes at most a tenth longer"
-        return engine, reason
+        return engine, "; ".join([reason, *self._exactness()])
 
-    def _sizes(self, call: Call) -> tuple[int, int, int, torch.dtype]:
-        """Nodes of a tree, trees of a pass, the target's hidden size and dtype: what exactness' price depends on."""
-        nodes = call.shape.total_token if call.speculative else 1
-        return nodes, len(call.prompts), self.target.spec.hidden_size, self.target.feature_dtype
+    def _exactness(self) -> list[str]:
+        """Where a row's bits depend on nothing else, or don't, in words: nothing where that follows from the kernels."""
+        auto = self.settings.exact == "auto"
+        if self.settings.exact and self.library_products:
+            where = " where that takes at most a tenth longer" if auto else ""
+            return [f"exact: every pass in whole tiles of {ROW_TILE} rows{where}"]
+        if auto and not exactness.favours_kernels(*self._size):
+            return [f"not exact: products of more than {exactness.KERNEL_ROWS} rows, where the library serves them"]
+        return []
+
+    def _pass(self, call: Call) -> tuple[int, int, int, torch.dtype]:
+        """What exactness' price depends on: nodes of a tree, trees of a pass, the target's hidden size and dtype."""
+        nodes, batch = call.shape.total_token if call.speculative else 1, len(call.prompts)
+        trees = captured_rows(batch) if self.replays else batch
+        return nodes, trees, *self._size
+
+    @property
+    def _size(self) -> tuple[int, torch.dtype]:
+        """The target's hidden size and dtype."""
+        return self.target.spec.hidden_size, self.target.feature_dtype
 
     def _why_eager(self) -> str | None:
         device = self.target.device

