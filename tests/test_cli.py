@@ -219,6 +219,13 @@ def test_doctor_names_a_cache_that_is_no_folder(capsys, monkeypatch, tmp_path):
     assert "is a file" in capsys.readouterr().out
 
 
+def test_doctor_names_a_wheel_that_is_no_file(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("EAGLE_CACHE", str(tmp_path))
+    monkeypatch.setenv("EAGLE_SMOLLM2_WHEEL", "/nope.whl")
+    assert cli.main(["doctor"]) == 1
+    assert "EAGLE_SMOLLM2_WHEEL is '/nope.whl', which is no file" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_bug_is_not_dressed_up_as_a_mistake(monkeypatch, pair):
     monkeypatch.setattr(generate, "encode_prompt", _raising(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_draft_config, tiny_target
+from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from eagle.errors import CheckpointError, InvalidInputError, ModelNotFoundError, OutOfMemoryError
+from eagle.errors import CheckpointError, InvalidInputError, ModelNotFoundError, OutOfMemoryError, UnsupportedModelError
 from eagle.model import loading, memory
 from eagle.model.checkpoints import random_draft, save_draft
 from eagle.model.ea_model import EaModel
@@ -51,7 +52,7 @@ def test_a_missing_tensor_is_named(pair: tuple[Path, Path]) -> None:
     tensors = load_file(path)
     del tensors["model.layers.2.self_attn.q_proj.weight"]
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"model.layers.2.self_attn.q_proj.weight"):
+    with pytest.raises(CheckpointError, match=r"lack model\.layers\.2\.self_attn\.q_proj\.weight; transformers would"):
         load(pair)
 
 
@@ -143,6 +144,28 @@ def test_a_broken_tokenizer(pair: tuple[Path, Path]) -> None:
     (pair[0] / "tokenizer_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="tokenizer"):
         load(pair)
+
+
+def test_a_missing_tokenizer_json_is_named(pair: tuple[Path, Path]) -> None:
+    (pair[0] / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    with pytest.raises(CheckpointError, match=r"there is no tokenizer\.json"):
+        load(pair)
+
+
+@pytest.mark.parametrize("draft", ["random", "head"])
+def test_a_target_without_attention_is_refused_before_a_head_is_made(pair: tuple[Path, Path], draft: str) -> None:
+    folder = pair[0].with_name("mamba")
+    MambaForCausalLM(MambaConfig(vocab_size=17, hidden_size=16, num_hidden_layers=4)).save_pretrained(folder)
+    with pytest.raises(UnsupportedModelError, match=r"MambaForCausalLM\b.*: use a"):
+        load((folder, draft if draft == "random" else pair[1]))
+
+
+def test_an_encoder_decoder_is_refused_by_name(pair: tuple[Path, Path]) -> None:
+    folder = pair[0].with_name("t5")
+    small = {"d_model": 16, "d_ff": 16, "d_kv": 8, "num_heads": 2, "num_layers": 1}
+    T5ForConditionalGeneration(T5Config(vocab_size=17, **small)).save_pretrained(folder)
+    with pytest.raises(UnsupportedModelError, match=r"t5 holds T5Config, .* no decoder-only causal LM"):
+        load((folder, pair[1]))
 
 
 def test_no_head_named(pair: tuple[Path, Path]) -> None:

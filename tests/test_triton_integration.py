@@ -152,6 +152,12 @@ def test_restore_after_an_exception(model):
     assert model.generate(ids, max_new_tokens=3).shape == (1, 6)
 
 
+@pytest.mark.parametrize("overrides", [["linear"], "linear", 3])
+def test_overrides_that_are_no_mapping_are_named(model, overrides):
+    with pytest.raises(InvalidInputError, match=r"overrides is .*; expected what serves each op named"):
+        optimize_eagle_with_triton(model, overrides=overrides)
+
+
 def test_a_failed_switch_changes_nothing(model, monkeypatch):
     before = functions(model.ops)
     with pytest.raises(InvalidInputError, match="linaer"):
@@ -242,6 +248,8 @@ def test_exact_is_auto_where_kernels_serve_and_as_loaded_elsewhere(model):
         with pytest.raises(InvalidInputError, match="exact is True, which needs the attention kernel"):
             optimize_eagle_with_triton(model, **others, exact=True)
         assert (model.engine, model.ops) == before
+    with pytest.raises(InvalidInputError, match=r"no kernel serves attention \(cpu\); use 'auto', or a GPU"):
+        optimize_eagle_with_triton(model, kernels="torch", exact=True)
     with pytest.raises(InvalidInputError, match="exact is 'yes'; expected True, False or 'auto'"):
         optimize_eagle_with_triton(model, exact="yes")
 

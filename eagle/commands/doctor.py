@@ -52,12 +52,7 @@ def diagnose() -> dict[str, Any]:
             )
         )
     cache = cache_report()
-    if Path(cache["folder"]).is_file():
-        problems.append(
-            problem(f"the cache folder {cache['folder']} is a file", "set EAGLE_CACHE to a folder", fatal=True)
-        )
-    elif not cache["default_model_present"]:
-        problems.append(problem(f"{MODEL_DEFAULT} is not in the cache yet", "run 'eagle fetch' (once, with a network)"))
+    problems += cache_problems(cache)
     ops, running = {}, {}
     if not any(entry["fatal"] for entry in problems):
         try:
@@ -195,6 +190,21 @@ def cache_report() -> dict[str, Any]:
         "default_model": MODEL_DEFAULT,
         "default_model_present": is_complete(folder / "models" / SMOLLM2.name),
     }
+
+
+def cache_problems(cache: dict[str, Any]) -> list[dict[str, Any]]:
+    """What keeps the default model from being there."""
+    from eagle.model.embedded import LOCAL_FILE_VARIABLE
+
+    if Path(cache["folder"]).is_file():
+        return [problem(f"the cache folder {cache['folder']} is a file", "set EAGLE_CACHE to a folder", fatal=True)]
+    if cache["default_model_present"]:
+        return []
+    wheel = os.environ.get(LOCAL_FILE_VARIABLE)
+    if wheel and not Path(wheel).expanduser().is_file():
+        words = f"{MODEL_DEFAULT} is not in the cache yet, and {LOCAL_FILE_VARIABLE} is {wheel!r}, which is no file"
+        return [problem(words, "set it to the wheel, or unset it", fatal=True)]
+    return [problem(f"{MODEL_DEFAULT} is not in the cache yet", "run 'eagle fetch' (once, with a network)")]
 
 
 def ops_heading(ops: dict[str, dict[str, str]]) -> str:

@@ -19,7 +19,7 @@ def check_tree(total_token: int, depth: int, top_k: int, draft_vocab_size: int |
     bounds = (("total_token", total_token, 2, 1024), ("depth", depth, 0, 64), ("top_k", top_k, 1, 128))
     for name, value, least, most in bounds:
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-            measured = ", or -1 for the size that is fastest here" if name == "total_token" else ""
+            measured = ", or -1 to have the best size measured here" if name == "total_token" else ""
             raise InvalidInputError(f"{name} is {value!r}; expected a whole number from {least} to {most}{measured}")
     if draft_vocab_size is not None and top_k > draft_vocab_size:
         raise InvalidInputError(

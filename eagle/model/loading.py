@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from eagle.errors import CheckpointError, EagleError, InvalidInputError, ModelNotFoundError
+from eagle.errors import CheckpointError, EagleError, InvalidInputError, ModelNotFoundError, UnsupportedModelError
 from eagle.model.checkpoint_files import listed, read_tensors
 from eagle.model.checkpoints import DraftState, default_draft_config, load_draft, random_draft
 from eagle.model.draft_config import TargetSpec
@@ -23,6 +23,7 @@ from eagle.model.drafts import DraftModel
 from eagle.model.hub import ensure_local
 from eagle.model.locate import RANDOM_DRAFT, ModelLocation
 from eagle.model.memory import check_fits, check_memory
+from eagle.model.target_support import check_config
 from eagle.model.widened import SmallPair, build_in_memory, part_bytes, shape_of
 
 
@@ -127,6 +128,12 @@ def load_target(source: str, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
             raise InvalidInputError(
                 f"from_pretrained takes no {unknown[1]!r}, and nor does the model; leave it out"
             ) from error
+        if "Unrecognized configuration class" in str(error):
+            kind = re.search(r"configuration class <class '[\w.]*\.(\w+)'>", str(error))
+            raise UnsupportedModelError(
+                f"{folder} holds {kind[1] if kind else 'a model'}, which transformers knows no decoder-only causal LM for; "
+                "use a model that has one"
+            ) from error
         if not any(folder.glob("*.safetensors")):
             read_tensors(folder)  # says in one line which pickle is damaged or wants to run code
         raise ModelNotFoundError(
@@ -135,9 +142,11 @@ def load_target(source: str, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
         ) from error
     missing, mismatched = sorted(info["missing_keys"]), sorted(str(key) for key in info["mismatched_keys"])
     if missing or mismatched:
+        faults = [f"lack {listed(missing)}"] if missing else []
+        faults += [f"mismatch in {listed(mismatched)}"] if mismatched else []
         raise CheckpointError(
-            f"the weights in {folder} lack {listed(missing) or 'nothing'} and mismatch in "
-            f"{listed(mismatched) or 'nothing'}; transformers would fill in random numbers: fetch or copy them again"
+            f"the weights in {folder} {' and '.join(faults)}; transformers would fill in random numbers: "
+            "fetch or copy them again"
         )
     return model
 
@@ -162,8 +171,11 @@ def load_tokenizer(source: str, hf_kwargs: dict[str, Any]) -> PreTrainedTokenize
     try:
         return AutoTokenizer.from_pretrained(folder, **trust)
     except (OSError, ValueError, KeyError) as error:
+        reason = _first_line(error).rstrip(",")
+        if not (folder / "tokenizer.json").is_file():
+            reason = f"there is no tokenizer.json ({reason})"
         raise CheckpointError(
-            f"the tokenizer in {folder} can't be read: {_first_line(error)}; fetch or copy its files again"
+            f"the tokenizer in {folder} can't be read: {reason}; fetch or copy its files again"
         ) from error
 
 
@@ -179,6 +191,7 @@ def load_draft_model(
 ) -> tuple[DraftModel, list[str]]:
     """The head for a target, and the conventions its loading resolved, a line each."""
     config = base_model.config.get_text_config(decoder=True)
+    check_config(base_model, config)  # before a head is measured against what could not be driven anyway
     output = base_model.get_output_embeddings()
     vocab = output.weight.shape[0] if output is not None and output.weight.dim() == 2 else config.vocab_size
     spec = TargetSpec(config.hidden_size, vocab, config.num_hidden_layers)

@@ -121,6 +121,10 @@ def plan_for(model: EaModel, kernels: str | None = None, overrides: Mapping[str,
     dtype = next((dtype for dtype in dtypes if dtype not in DTYPES), dtypes[0])
     request, single = from_environment()
     request = request if kernels is None else kernels
+    if not isinstance(overrides, Mapping | None):
+        raise InvalidInputError(
+            f"overrides is {overrides!r}; expected what serves each op named, such as {{'linear': 'torch'}}"
+        )
     single |= overrides or {}
     check_names(request, single)
     return Plan(hardware({layer.device for layer in layers} | {model.device}), dtype, request, single)
@@ -133,7 +137,7 @@ def _settled(settings: EngineSettings, model: EaModel, ops: Ops) -> EngineSettin
         if settings.exact is True:
             raise InvalidInputError(
                 f"exact is True, which needs the attention kernel, but no kernel serves attention ({model.device.type}); "
-                "use 'auto', or let the kernels serve"
+                + ("use 'auto', or let the kernels serve" if model.device.type == "cuda" else "use 'auto', or a GPU")
             )
         settings = replace(settings, exact=False)
     if triton and model.device.type == "cuda":
