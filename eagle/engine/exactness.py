@@ -4,7 +4,7 @@ Exactness costs something in two places. A library's products keep each row's bi
 rows, and a large target's products of many rows are the library's faster than the kernels'. The prices, on an H100 and an
 H200, lie in ``docs/benchmarks``; a test holds these rules against the files.
 
-Plain decoding is never padded here: one row in a tile of 64 costs 15 to 18 % of its step, in float32 84 % and more. So
+Plain decoding is never padded here: one row in a tile of 64 costs 14 to 18 % of its step, in float32 84 % and more. So
 EAGLE's padded passes write what plain decoding writes with ``exact=True``, whatever the tree.
 """
 

@@ -123,10 +123,9 @@ def extract(package: Path, member: str, sha256: str, target: Path) -> None:
             with zipfile.ZipFile(package) as archive:
                 try:
                     source = archive.open(member)
-                except (OSError, ValueError) as error:
-                    if isinstance(error, OSError) and error.errno != errno.EINVAL:
+                except OSError as error:
+                    if error.errno != errno.EINVAL:  # an offset before the file's start: its beginning is missing
                         raise
-                    # An offset before the file's start: its beginning is missing.
                     raise zipfile.BadZipFile(f"{member} is not where its index says") from error
                 found = _copy_hashed(source, target)
     except KeyError as error:
