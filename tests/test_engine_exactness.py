@@ -18,18 +18,20 @@ WIDTHS = {"SmolLM2-135M": 576, "EAGLE-3B": 3072, "EAGLE-8B": 4096}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
-def measured(path: Path) -> dict[tuple[str, int], tuple[dict, float]]:
-    """Of a run with exactness and its pair without, by tree and batch: what was run, and the price in % of a step."""
-    exact, free = (
-        {(row["name"], row["batch"]): row for row in json.loads(part.read_text(encoding="utf-8"))["results"]}
-        for part in (path, path.with_name(path.name.replace("-exact", "-not-exact")))
-    )
+def results(path: Path) -> dict[tuple[str, int], dict]:
+    """A run's results by tree and batch."""
+    return {(row["name"], row["batch"]): row for row in json.loads(path.read_text(encoding="utf-8"))["results"]}
+
+
+def prices(path: Path) -> dict[tuple[str, int], tuple[dict, float]]:
+    """Of a run with exactness and its pair without, by tree and batch: the result, and the price in % of a step."""
+    exact, free = results(path), results(path.with_name(path.name.replace("-exact", "-not-exact")))
     return {key: (exact[key], 100 * (exact[key]["step_ms"] / free[key]["step_ms"] - 1)) for key in exact}
 
 
 @pytest.mark.parametrize("path", PAIRS, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
 def test_it_is_on_where_it_cost_less_than_a_tenth(path) -> None:
-    for (name, batch), (run, price) in measured(path).items():
+    for (name, batch), (run, price) in prices(path).items():
         nodes = 1 if name == "plain" else int(name.split(",")[0])
         fused = run.get("fused", "fused" in path.name)
         rule = keeps_kernels if fused else pads
@@ -42,19 +44,11 @@ def test_it_is_on_where_it_cost_less_than_a_tenth(path) -> None:
 
 def test_chains_are_left_alone() -> None:
     """One by SmolLM2-135M's modules costs 8 to 9 % and, padded, equals the default's plain decoding less often."""
-    folder = BENCHMARKS / "h200" / "exactness"
-    (_, price) = measured(folder / "modules-exact.json")["5,3,1", 1]
+    folder, chain = BENCHMARKS / "h200" / "exactness", ("5,3,1", 1)
+    _, price = prices(folder / "modules-exact.json")[chain]
     assert 8 < price < 10
-    free, padded = (
-        next(
-            row
-            for row in json.loads((folder / f"modules-{kind}.json").read_text(encoding="utf-8"))["results"]
-            if (row["name"], row["batch"]) == ("5,3,1", 1)
-        )
-        for kind in ("not-exact", "padded-chain")
-    )
-    assert free["equal"] == 8
-    assert padded["equal"] == 5
+    assert results(folder / "modules-not-exact.json")[chain]["equal"] == 8
+    assert results(folder / "modules-padded-chain.json")[chain]["equal"] == 5
     assert not pads(5, 1, 576, BF16)
 
 

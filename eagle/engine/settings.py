@@ -23,9 +23,9 @@ class EngineSettings:
     output equals plain decoding's bit for bit, also where a library computes the target's matrix products, in passes
     padded to whole tiles of rows (`Session.pads_rows`); "auto" leaves out what would take more than a tenth
     longer (`exactness`): padding plain decoding and most batches of small trees, and a large target's products of more than
-    256 rows in 16 bits. ``draft_dtype``:
-    keep the head's weights in one byte a value; the output can't change, only what is proposed. ``target_dtype``: the
-    same for a fused target's products, weights rounded by output channel; the output is then the rounded model's.
+    256 rows in 16 bits. ``draft_dtype``: keep the head's weights in one byte a value; the output can't change, only what is
+    proposed. ``target_dtype``: the same for a fused target's products, weights rounded by output channel; the output is
+    then the rounded model's.
     """
 
     engine: str = "eager"

@@ -25,7 +25,8 @@ class StopStrings:
         given = [strings] if isinstance(strings, str) else list(strings)
         if tokenizer is None:
             raise InvalidInputError(
-                "stop_strings were given, and the model has no tokenizer to find them with; leave them out"
+                "stop_strings were given, and the model has no tokenizer to find them with; pass one as tokenizer, or leave "
+                "them out"
             )
         if not callable(getattr(tokenizer, "decode", None)):
             raise InvalidInputError(f"tokenizer is {tokenizer!r}; stop_strings need one that decodes token ids")

@@ -144,7 +144,7 @@ def prefill_config(size: int, v_size: int, dtype: torch.dtype, capability: tuple
             return PrefillConfig(32, 64, warps=4, stages=3 if wide <= 64 else 2)
         deep = wide <= 128 or (roomy and capability >= (9, 0))  # with heads of 256 two stages take 168 KiB
         return PrefillConfig(32, 32, warps=4, stages=2 if deep else 1)
-    if hopper and wide <= 64:  # 9 / 3 heads, no others: 80, [128] 119, in blocks of 128 keys 85 (SDPA 142)
+    if hopper and wide <= 64:  # 9 / 3 heads: 80, [128] 119 (SDPA 142); 32 / 8: 119, [128] 118 (SDPA 146)
         return PrefillConfig(64, 64, warps=4, stages=3)
     if wide <= 128:  # 32 / 8 heads of 128: 89, [64] 94 (SDPA 127)
         return PrefillConfig(128, 64, warps=8, stages=3 if roomy else 2)
