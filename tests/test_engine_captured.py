@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 from tiny import tiny_draft, tiny_target
-from transformers import Gemma2Config, LlamaConfig, Phi3Config, Qwen2Config
+from transformers import Gemma2Config, GPT2Config, LlamaConfig, Phi3Config, PretrainedConfig, Qwen2Config
 
 from eagle.engine.steps import StaticSteps
 from eagle.errors import OutOfMemoryError
@@ -72,10 +72,27 @@ def test_greedy_output_is_plain_output(dtype: torch.dtype, fused: str, tree: tup
         )
 
 
+@pytest.mark.parametrize(
+    "config", [Gemma2Config, GPT2Config, Phi3Config, Qwen2Config], ids=lambda config: config.model_type
+)
+@pytest.mark.parametrize("exact", [True, "auto"], ids=str)
+def test_other_modules_give_plain_output_too(config: type[PretrainedConfig], exact: bool | str) -> None:
+    """GPT-2's weights are not as the kernels take them: its passes are padded, by "auto" not those of plain decoding."""
+    sizes = {"n_embd": 64, "n_head": 4, "n_layer": 4, "n_positions": 2048} if config is GPT2Config else {"head_dim": 16}
+    eagle = build(torch.bfloat16, config, (60, 7, 10), **sizes)
+    optimize_eagle_with_triton(eagle, engine="captured", fused="off", exact=exact)
+    assert eagle.library_products == (config is GPT2Config)
+    for length in (1, 70, 700):
+        ids = prompt(1, length)
+        found = [eagle.generate(ids, max_new_tokens=120, speculative=speculative) for speculative in (True, False)]
+        assert torch.equal(*found) or (config is GPT2Config and exact == "auto")
+
+
+@pytest.mark.parametrize("fused", ["on", "off"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_a_row_of_a_batch_is_what_it_is_alone(dtype: torch.dtype) -> None:
+def test_a_row_of_a_batch_is_what_it_is_alone(dtype: torch.dtype, fused: str) -> None:
     eagle = build(dtype, tree=(60, 7, 10))
-    optimize_eagle_with_triton(eagle, engine="captured", fused="on")
+    optimize_eagle_with_triton(eagle, engine="captured", fused=fused)
     lengths = [5, 40, 90, 17]
     ids = torch.ones(4, 90, dtype=torch.int64, device="cuda")
     mask = torch.zeros_like(ids)

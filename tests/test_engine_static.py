@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import tiny_draft, tiny_eagle, tiny_target
 
-from eagle.engine import captures, exactness, session
+from eagle.engine import captures, exactness, row_bits
 from eagle.engine.session import Session
 from eagle.engine.settings import EngineSettings
 from eagle.engine.state import ROW_TILE, StaticState
@@ -135,7 +135,7 @@ def test_a_fused_target_is_padded_only_where_a_library_multiplies(monkeypatch) -
     rows = step_rows(monkeypatch, eagle)
     eagle.generate(prompts(5)[0], max_new_tokens=6)
     assert set(rows) == {ROW_TILE}
-    monkeypatch.setattr(session, "products_by_kernel", lambda ops: True)
+    monkeypatch.setattr(row_bits, "products_by_kernel", lambda ops: True)
     assert "exact" not in eagle.kernel_report()[-2].reason
     rows.clear()
     eagle.generate(prompts(5)[0], max_new_tokens=6)
@@ -145,7 +145,7 @@ def test_a_fused_target_is_padded_only_where_a_library_multiplies(monkeypatch) -
 @pytest.mark.parametrize(("exact", "batches"), [("auto", 2), (True, 2), (False, 0)])
 def test_exact_calls_take_the_ops_for_any_number_of_rows(exact, batches, monkeypatch) -> None:
     eagle, asked = tiny_eagle(12, 2, 4), []
-    monkeypatch.setattr(session, "decoding_ops", lambda ops: (asked.append(ops), ops)[1])
+    monkeypatch.setattr(row_bits, "decoding_ops", lambda ops: (asked.append(ops), ops)[1])
     eagle.configure_engine(EngineSettings(exact=exact))
     for batch in (1, 2):
         eagle.generate(prompts(*[5] * batch)[0], max_new_tokens=3, speculative=False)
@@ -156,7 +156,7 @@ def test_exact_calls_take_the_ops_for_any_number_of_rows(exact, batches, monkeyp
 def test_a_large_targets_products_of_many_rows_are_the_librarys(exact, kept, monkeypatch) -> None:
     target, asked = tiny_target().to(torch.bfloat16), []
     eagle = EaModel(target, tiny_draft(target), total_token=60, depth=3, top_k=8)
-    monkeypatch.setattr(session, "decoding_ops", lambda ops: (asked.append(ops), ops)[1])
+    monkeypatch.setattr(row_bits, "decoding_ops", lambda ops: (asked.append(ops), ops)[1])
     monkeypatch.setattr(exactness, "SMALL", 0)
     eagle.configure_engine(EngineSettings(exact=exact))
     found = []
@@ -180,7 +180,7 @@ def test_the_report_tells_what_is_padded() -> None:
 def test_the_report_tells_what_a_large_target_leaves_to_the_library(monkeypatch) -> None:
     eagle = tiny_eagle(12, 2, 4)
     eagle.configure_engine(EngineSettings(fused="on", exact="auto"))
-    monkeypatch.setattr(session, "products_by_kernel", lambda ops: True)
+    monkeypatch.setattr(row_bits, "products_by_kernel", lambda ops: True)
     told = "not exact: products of more than 256 rows"
     assert told not in eagle.kernel_report()[-2].reason
     monkeypatch.setattr(exactness, "favours_kernels", lambda width, dtype: False)

@@ -78,6 +78,7 @@ class StepKey:
     sampling: Sampling | tuple[str, ...]  # its kind where `holds_sampling`
     shape: TreeShape | None  # None where a plain step does not depend on it
     pad_rows: bool
+    row_local: bool
     end_tokens: int
 
     @classmethod
@@ -90,6 +91,7 @@ class StepKey:
             sampling=run.sampling.kind(run.target.spec.vocab_size) if holds_sampling(run) else run.sampling,
             shape=None if run.draft is None and not run.pad_rows else run.shape,
             pad_rows=run.pad_rows,
+            row_local=run.row_local,
             end_tokens=room_for_end_tokens(run.eos),
         )
 

@@ -8,20 +8,19 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from eagle.engine import exactness
 from eagle.engine.cache_store import CacheStore, Demand, captured_rows
 from eagle.engine.captures import Captures
 from eagle.engine.loop import GenerationStats, decode
 from eagle.engine.memory import free_bytes, too_large
 from eagle.engine.prefill import Chunks
+from eagle.engine.row_bits import Passes, RowBits
 from eagle.engine.settings import EngineSettings
-from eagle.engine.state import ROW_TILE, Run, slots_needed
+from eagle.engine.state import Run, slots_needed
 from eagle.engine.turns import Turns
 from eagle.model.drafts import DraftModel
 from eagle.model.fused_draft import FusedDraft
 from eagle.model.ops import Sampling, TreeShape
 from eagle.model.target import Target
-from eagle.model.triton_kernels.dispatch import decoding_ops, products_by_kernel
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,7 @@ class Session:
         self.told: Callable[[str], None] | None = None
         self.captures = Captures()
         self._store = CacheStore(target, draft, self.captures)
+        self._bits = RowBits(target)
         self._turns = Turns()
 
     def run(
@@ -65,10 +65,13 @@ class Session:
         that drives this one, which would wait forever, raises InvalidInputError. refresh: called first, when the turn
         has come. Raises OutOfMemoryError where caches, captures or a step don't fit; what was kept is then given back."""
         with self._turns.generation():
+            pad_rows = False
             try:
                 with self._on_device():
                     refresh()
-                    steps = self._steps(call, stats)
+                    passes = self.passes(call)
+                    pad_rows = passes.pad_rows
+                    steps = self._steps(call, passes, stats)
                 with closing(steps):
                     while True:
                         with self._on_device():  # left at each yield: the caller's current device is its own
@@ -80,7 +83,7 @@ class Session:
             except torch.OutOfMemoryError as error:
                 free = free_bytes(self.target.device)  # before anything is given back
                 self.forget()
-                batch, slots = len(call.prompts), call.slots(self.pads_rows(call))
+                batch, slots = len(call.prompts), call.slots(pad_rows)
                 raise too_large(self.target, self.draft, batch, slots, call.shape, free, cause=error) from error
 
     @property
@@ -88,24 +91,16 @@ class Session:
         """Whether steps are replayed from a capture."""
         return self._why_eager() is None
 
-    def pads_rows(self, call: Call) -> bool:
-        """Whether a call's target passes are padded to whole tiles, so that a library's products keep each row's bits."""
-        if not self.library_products:
-            return False
-        if self.settings.exact == "auto":
-            return exactness.pads(*self._pass(call))
-        return self.settings.exact
-
-    def keeps_kernels(self, call: Call) -> bool:
-        """Whether a call's products stay with the kernels however many rows they have, so that each keeps its bits."""
-        if self.settings.exact == "auto":
-            return exactness.keeps_kernels(*self._pass(call))
-        return self.settings.exact
-
     @property
     def library_products(self) -> bool:
         """Whether a library computes products of the target, whose order of sums follows from the number of rows."""
-        return self.target.fused is None or not products_by_kernel(self.target.ops)
+        return self._bits.library_products(self.settings, self.replays)
+
+    def passes(self, call: Call) -> Passes:
+        """How a call's target passes run."""
+        nodes, batch = call.shape.total_token if call.speculative else 1, len(call.prompts)
+        replays = self.replays
+        return self._bits.passes(self.settings, replays, nodes, captured_rows(batch) if replays else batch)
 
     def exclusive(self) -> AbstractContextManager[None]:
         """Wait for this model's turn to change something; may be nested. Raises InvalidInputError where this thread has a
@@ -118,6 +113,7 @@ class Session:
             self._store.forget()
         self.settings, self.draft, self._store.draft = settings, draft, draft
         self.captures.drop()
+        self._bits.forget()
 
     def forget(self) -> None:
         """Give caches and captures back."""
@@ -131,28 +127,7 @@ class Session:
             engine, reason = "captured", "one CUDA graph a step"
             if self.captures.prefill_reason is not None:
                 reason += f"; prompts could not be captured: {self.captures.prefill_reason}"
-        return engine, "; ".join([reason, *self._exactness()])
-
-    def _exactness(self) -> list[str]:
-        """Where a row's bits depend on nothing else, or don't, in words: nothing where that follows from the kernels."""
-        auto = self.settings.exact == "auto"
-        if self.settings.exact and self.library_products:
-            where = " where that takes at most a tenth longer" if auto else ""
-            return [f"exact: every pass in whole tiles of {ROW_TILE} rows{where}"]
-        if auto and not exactness.favours_kernels(*self._size):
-            return [f"not exact: products of more than {exactness.KERNEL_ROWS} rows, where the library serves them"]
-        return []
-
-    def _pass(self, call: Call) -> tuple[int, int, int, torch.dtype]:
-        """What exactness' price depends on: nodes of a tree, trees of a pass, the target's hidden size and dtype."""
-        nodes, batch = call.shape.total_token if call.speculative else 1, len(call.prompts)
-        trees = captured_rows(batch) if self.replays else batch
-        return nodes, trees, *self._size
-
-    @property
-    def _size(self) -> tuple[int, torch.dtype]:
-        """The target's hidden size and dtype."""
-        return self.target.spec.hidden_size, self.target.feature_dtype
+        return engine, "; ".join([reason, *self._bits.words(self.settings, self.replays)])
 
     def _why_eager(self) -> str | None:
         device = self.target.device
@@ -166,32 +141,31 @@ class Session:
             return f"the capture failed: {self.captures.step_reason}"
         return None
 
-    def _steps(self, call: Call, stats: GenerationStats) -> Generator[list[list[int]], None, None]:
+    def _steps(self, call: Call, passes: Passes, stats: GenerationStats) -> Generator[list[list[int]], None, None]:
         """The call's prefill and steps, with their caches allocated and what can be captured captured."""
         batch, captured, required = len(call.prompts), self.replays, self.settings.engine == "captured"
         in_turns = captured and batch > 1 and self.captures.prefill_reason is None
-        pad_rows = self.pads_rows(call)
-        demand = Demand(batch, call.slots(pad_rows), call.shape, pad_rows, captured, in_turns)
-        run, reused = self._run(call, demand, self._common_prefix(call.prompts) if call.reuse_prefix else 0)
+        slots = call.slots(passes.pad_rows)
+        demand = Demand(batch, slots, call.shape, passes.pad_rows, captured, in_turns)
+        run, reused = self._run(call, passes, demand, self._common_prefix(call.prompts) if call.reuse_prefix else 0)
         static = self.captures.step(run, stats, self.told, required=required) if captured else None
         chunks = None
         if static is None and run.caches.target.batch != batch:  # idle rows are for captured steps alone
             del run
             self._store.forget()
-            run, _ = self._run(call, replace(demand, captured=False, in_turns=False), 0)
+            run, _ = self._run(call, passes, replace(demand, captured=False, in_turns=False), 0)
         if static is not None:
             run = static.prepare(run)
             if in_turns or batch == 1:
                 chunks = self._chunks(run, demand, reused, stats)
         return decode(run, call.prompts, call.budgets, stats, reused, static, chunks)
 
-    def _run(self, call: Call, demand: Demand, reused: int) -> tuple[Run, int]:
+    def _run(self, call: Call, passes: Passes, demand: Demand, reused: int) -> tuple[Run, int]:
         """The run of a call over caches for ``demand``, and how many positions those hold."""
         caches, reused = self._store.take(demand, reused, self.told)
         draft = self.draft if call.speculative else None
-        ops = decoding_ops(self.target.ops) if self.keeps_kernels(call) else self.target.ops
-        fixed = call.shape, call.sampling, caches, call.eos, call.uniforms, demand.pad_rows
-        return Run(self.target, draft, ops, *fixed), reused
+        fixed = call.shape, call.sampling, caches, call.eos, call.uniforms, passes.pad_rows, passes.row_local
+        return Run(self.target, draft, passes.ops, *fixed), reused
 
     def _chunks(self, run: Run, demand: Demand, reused: int, stats: GenerationStats) -> Chunks:
         """Captured prompt chunks for `prefill`. They serve one sequence; a batch's rows take turns in a cache of one row,

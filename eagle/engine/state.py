@@ -68,6 +68,7 @@ class Run:
     eos: torch.Tensor  # [E] int64
     uniforms: torch.Tensor | None  # [B, max_new_tokens + P] float32: one for each output position
     pad_rows: bool = False  # see `rows`
+    row_local: bool = False  # see `Target.forward`
 
     @property
     def nodes(self) -> int:

@@ -32,6 +32,7 @@ def step(run: Run, state: DecodeState, longest: int, out: DecodeState | None = N
         tree_words=rows.words,
         slots=bounded(longest + run.rows, run.caches.slots),
         ops=run.ops,
+        row_local=run.row_local,
     )
     uniforms = None
     if run.uniforms is not None:

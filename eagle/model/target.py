@@ -7,7 +7,7 @@ for the length of a forward, and hooks tap the residual stream, so the model's o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from eagle.model.draft_config import TargetSpec
 from eagle.model.hf_seams import ForwardContext, ProbeLayer, TreeCacheLayer, serving
 from eagle.model.kv_cache import KVCache, LayerShape
 from eagle.model.ops import Ops
+from eagle.model.row_local import NotRowLocal, RowLocal
 from eagle.model.target_support import (
     cache_argument,
     check_attention_call,
@@ -30,6 +31,9 @@ from eagle.model.target_support import (
 
 if TYPE_CHECKING:
     from eagle.model.fused_target import FusedTarget
+
+PROBE_SLOTS = 64
+"""Cache slots of the pass in which `Target.check_row_local` watches the modules."""
 
 
 class Target:
@@ -85,12 +89,14 @@ class Target:
         slots: int | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         ops: Ops | None = None,
+        row_local: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run new rows over the cache: logits [B, T or kept, V] and features [B, T, F].
 
         tokens: [B, T]; kv_len: [B]; depths: [B, T] node depths with ``tree_words`` [B, T, W], or None for a causal
         chunk; slots: a bound the caller knows on the cache slots in use; logits_to_keep as in transformers; ops: the
-        table for this pass, or None for the model's.
+        table for this pass, or None for the model's; row_local: have the modules keep each row's bits (`RowLocal`), which
+        the fused route does as far as its ops do; raises what `check_row_local` does.
         """
         if self.fused is not None:
             rows = {"depths": depths, "tree_words": tree_words, "slots": slots}
@@ -98,9 +104,13 @@ class Target:
         offsets = torch.arange(tokens.shape[1], device=tokens.device) if depths is None else depths
         # Nodes beyond the context can never be committed; the clamp keeps learned position tables in range.
         positions = (kv_len[:, None] + offsets).clamp(max=self.context_length - 1)
-        context = ForwardContext(ops or self.ops, kv_len, tree_words, cache.slots if slots is None else slots)
+        ops, watching = ops or self.ops, nullcontext()
+        if row_local:
+            watching = RowLocal(ops.linear)
+            ops = ops.replaced(attention=watching.apart(ops.attention), kv_append=watching.apart(ops.kv_append))
+        context = ForwardContext(ops, kv_len, tree_words, cache.slots if slots is None else slots)
         taps: dict[int, torch.Tensor] = {}
-        with serving(self.model, self.config, context), self._tapping(taps):
+        with serving(self.model, self.config, context), self._tapping(taps), watching:
             logits = self.model(
                 input_ids=tokens,
                 position_ids=positions,
@@ -111,6 +121,20 @@ class Target:
         keys = self.aux_layers or (-1,)
         features = torch.cat([taps[key].to(self.device) for key in keys], dim=-1)
         return logits.to(self.device), features
+
+    def check_row_local(self, ops: Ops) -> None:
+        """Run a tree of two nodes through the modules. Raises UnsupportedModelError, naming the op, where they do what may
+        not keep each row's bits, or multiply by weights that ``ops.linear`` does not take."""
+        tokens, depths = (torch.tensor([row], device=self.device) for row in ([0, 0], [0, 1]))
+        words = torch.tensor([[[1], [3]]], device=self.device)
+        kv_len = torch.zeros(1, dtype=torch.int64, device=self.device)
+        tree = {"depths": depths, "tree_words": words}
+        try:
+            self.forward(tokens, self.new_cache(1, PROBE_SLOTS), kv_len, **tree, ops=ops, row_local=True)
+        except NotRowLocal:
+            raise
+        except ValueError as error:
+            raise NotRowLocal(f"a product the kernels don't take: {error}") from error
 
     @contextmanager
     def _tapping(self, taps: dict[int, torch.Tensor]) -> Iterator[None]:

@@ -1,0 +1,127 @@
+"""Passes through a model's own modules in which a row's bits depend neither on the other rows nor on how many there are.
+
+A library orders the sums of a matrix product, and PyTorch those of a mean, by how many rows go together. For the length of
+a pass `RowLocal` sees every ATen op that the modules come down to, and
+
+- has the linear kernel, whose order of sums follows from the weight's shape alone, compute their products with weights;
+- takes a row's mean from ``native_layer_norm``, which gives each row a block of threads of its own;
+- lets through what adds nothing up across a row: pointwise ops, views, copies, integers, the norms that PyTorch itself
+  computes a row a block;
+- refuses everything else, so that a model whose modules do more is found out, not taken for exact.
+
+The mode is seen by Python alone: under capture it costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from eagle.errors import UnsupportedModelError
+
+aten = torch.ops.aten
+
+Result = TypeVar("Result")
+
+COPIES = frozenset(
+    {
+        *(
+            "aten::_to_copy",
+            "aten::_unsafe_view",
+            "aten::cat",
+            "aten::constant_pad_nd",
+            "aten::copy_",
+            "aten::embedding",
+        ),
+        *("aten::fill_", "aten::flip", "aten::gather", "aten::index", "aten::index_select", "aten::lift_fresh_copy"),
+        *("aten::masked_fill_", "aten::repeat", "aten::repeat_interleave", "aten::roll", "aten::stack", "aten::tril"),
+        *(
+            "aten::triu",
+            "aten::empty_like",
+            "aten::full_like",
+            "aten::ones_like",
+            "aten::zeros_like",
+            "aten::new_empty",
+        ),
+        *("aten::new_empty_strided", "aten::new_full", "aten::new_ones", "aten::new_zeros"),
+    }
+)
+"""Ops that move or round numbers, or make room for them. Pointwise ops and views carry a mark of their own."""
+
+ROW_A_BLOCK = frozenset(("aten::native_layer_norm", "aten::_fused_rms_norm"))
+"""Sums in an order that follows from the row's width alone (ATen/native/cuda/layer_norm_kernel.cu); a test holds it."""
+
+
+class NotRowLocal(UnsupportedModelError):
+    """An op of a model's modules may add up in an order that follows from the number of rows."""
+
+
+class RowLocal(TorchDispatchMode):
+    """Has each row of a pass keep its bits. linear: ``x [M, K], weight [N, K], bias [N] or None → [M, N]``, of any M.
+
+    An op that may not keep a row's bits raises `NotRowLocal`, a product that ``linear`` doesn't take what that raises.
+    """
+
+    def __init__(self, linear: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.linear = linear
+        self._apart = 0
+
+    def apart(self, function: Callable[..., Result]) -> Callable[..., Result]:
+        """``function``, known to treat each row by itself: what it does is not looked at."""
+
+        @wraps(function)
+        def unwatched(*args: Any, **kwargs: Any) -> Result:
+            self._apart += 1
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._apart -= 1
+
+        return unwatched
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._apart:
+            return func(*args, **kwargs)
+        if func is aten.mm.default:
+            return self.linear(args[0], args[1].t(), None)
+        if func is aten.addmm.default and not kwargs and args[0].dim() == 1:
+            return self.linear(args[1], args[2].t(), args[0])
+        if func is aten.mean.dim and _last_dimension(*args, **kwargs):
+            return _mean(*args, **kwargs)
+        name = func.name().partition(".")[0]
+        moves = func.is_view or torch.Tag.pointwise in func.tags or name in COPIES or name in ROW_A_BLOCK
+        if moves or not any(tensor.is_floating_point() for tensor in _tensors((args, kwargs))):
+            return func(*args, **kwargs)
+        with self:  # in inference mode ops come whole that otherwise come in parts
+            result = func.decompose(*args, **kwargs)
+        if result is NotImplemented:
+            raise NotRowLocal(
+                f"{func} may sum in an order that follows from the number of rows; exact=False allows that"
+            )
+        return result
+
+
+def _last_dimension(x: torch.Tensor, dim: list[int] | None, keepdim: bool = False, *, dtype: Any = None) -> bool:
+    return dim is not None and list(dim) in ([-1], [x.dim() - 1]) and dtype in (None, x.dtype)
+
+
+def _mean(x: torch.Tensor, dim: list[int], keepdim: bool = False, **_: Any) -> torch.Tensor:
+    _, mean, _ = aten.native_layer_norm(x, x.shape[-1:], None, None, 0.0)
+    return mean.to(x.dtype) if keepdim else mean.squeeze(-1).to(x.dtype)
+
+
+def _tensors(part: Any) -> Iterator[torch.Tensor]:
+    """All tensors among an op's arguments."""
+    if isinstance(part, torch.Tensor):
+        yield part
+    elif isinstance(part, list | tuple):
+        for inner in part:
+            yield from _tensors(inner)
+    elif isinstance(part, dict):
+        yield from _tensors(tuple(part.values()))
