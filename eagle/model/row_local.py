@@ -94,6 +94,8 @@ class RowLocal(TorchDispatchMode):
             return self.linear(args[1], args[2].t(), args[0])
         if func is aten.mean.dim and _last_dimension(*args, **kwargs):
             return _mean(*args, **kwargs)
+        if func is aten.bmm.default and args[0].shape[-1] == 1:  # an outer product: RoPE's angles
+            return args[0] * args[1]
         name = func.name().partition(".")[0]
         moves = func.is_view or torch.Tag.pointwise in func.tags or name in COPIES or name in ROW_A_BLOCK
         if moves or not any(tensor.is_floating_point() for tensor in _tensors((args, kwargs))):
