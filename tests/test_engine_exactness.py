@@ -33,8 +33,8 @@ def prices(path: Path) -> dict[tuple[str, int], tuple[dict, float]]:
 def test_it_is_on_where_it_cost_less_than_a_tenth(path) -> None:
     for (name, batch), (run, price) in prices(path).items():
         nodes = 1 if name == "plain" else int(name.split(",")[0])
-        fused = run.get("fused", "fused" in path.name)
-        rule = keeps_kernels if fused else pads
+        by_kernels = run.get("fused", "fused" in path.name) or "row-local" in path.name
+        rule = keeps_kernels if by_kernels else pads
         on = rule(nodes, batch, WIDTHS[run["model"]], getattr(torch, run["dtype"]))
         if on:
             assert price < 10, f"{name}, batch {batch}: {price:.1f} %"
@@ -43,7 +43,7 @@ def test_it_is_on_where_it_cost_less_than_a_tenth(path) -> None:
 
 
 def test_chains_are_left_alone() -> None:
-    """One by SmolLM2-135M's modules costs 8 to 9 % and, padded, equals the default's plain decoding less often."""
+    """One costs a small target 8 to 9 % and, padded, equals plain decoding, which is not, less often."""
     folder, chain = BENCHMARKS / "h200" / "exactness", ("5,3,1", 1)
     _, price = prices(folder / "modules-exact.json")[chain]
     assert 8 < price < 10

@@ -139,6 +139,16 @@ def test_what_may_sum_across_rows_or_in_any_order_is_refused(op) -> None:
         op(torch.randn(4, 6))
 
 
+class Scaled(torch.Tensor):
+    """A weight with functions of its own."""
+
+
+def test_a_weight_of_another_class_is_refused() -> None:
+    weight = torch.randn(4, 6).as_subclass(Scaled)
+    with torch.no_grad(), RowLocal(F.linear), pytest.raises(NotRowLocal, match=r"aten\.\w+\.\w+ is a Scaled's own"):
+        torch.mm(torch.randn(2, 6), weight.t())
+
+
 def test_integers_may_be_added_in_any_order() -> None:
     with RowLocal(F.linear):
         assert torch.arange(5).cumsum(0).sum() == 20

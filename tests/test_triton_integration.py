@@ -248,7 +248,8 @@ def test_exact_is_auto_where_kernels_serve_and_as_loaded_elsewhere(model):
         with pytest.raises(InvalidInputError, match="exact is True, which needs the attention kernel"):
             optimize_eagle_with_triton(model, **others, exact=True)
         assert (model.engine, model.ops) == before
-    with pytest.raises(InvalidInputError, match=r"no kernel serves attention \(cpu\); use 'auto', or a GPU"):
+    advice = r"\(cuda\); use 'auto', or let the kernels serve" if DEVICE == "cuda" else r"\(cpu\); use 'auto', or a GPU"
+    with pytest.raises(InvalidInputError, match=f"no kernel serves attention {advice}"):
         optimize_eagle_with_triton(model, kernels="torch", exact=True)
     with pytest.raises(InvalidInputError, match="exact is 'yes'; expected True, False or 'auto'"):
         optimize_eagle_with_triton(model, exact="yes")

@@ -19,6 +19,7 @@ from functools import wraps
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eagle.errors import UnsupportedModelError
@@ -28,32 +29,20 @@ aten = torch.ops.aten
 Result = TypeVar("Result")
 
 COPIES = frozenset(
-    {
-        *(
-            "aten::_to_copy",
-            "aten::_unsafe_view",
-            "aten::cat",
-            "aten::constant_pad_nd",
-            "aten::copy_",
-            "aten::embedding",
-        ),
-        *("aten::fill_", "aten::flip", "aten::gather", "aten::index", "aten::index_select", "aten::lift_fresh_copy"),
-        *("aten::masked_fill_", "aten::repeat", "aten::repeat_interleave", "aten::roll", "aten::stack", "aten::tril"),
-        *(
-            "aten::triu",
-            "aten::empty_like",
-            "aten::full_like",
-            "aten::ones_like",
-            "aten::zeros_like",
-            "aten::new_empty",
-        ),
-        *("aten::new_empty_strided", "aten::new_full", "aten::new_ones", "aten::new_zeros"),
-    }
+    (
+        *("_to_copy", "_unsafe_view", "cat", "constant_pad_nd", "copy_", "embedding", "fill_", "flip", "gather"),
+        *("index", "index_select", "lift_fresh_copy", "masked_fill_", "repeat", "repeat_interleave", "roll", "stack"),
+        *("empty_like", "full_like", "new_empty", "new_empty_strided", "new_full", "new_ones", "new_zeros"),
+        *("ones_like", "zeros_like", "tril", "triu"),
+    )
 )
 """Ops that move or round numbers, or make room for them. Pointwise ops and views carry a mark of their own."""
 
-ROW_A_BLOCK = frozenset(("aten::native_layer_norm", "aten::_fused_rms_norm"))
+ROW_A_BLOCK = frozenset(("native_layer_norm", "_fused_rms_norm"))
 """Sums in an order that follows from the row's width alone (ATen/native/cuda/layer_norm_kernel.cu); a test holds it."""
+
+PLAIN = (torch.Tensor, nn.Parameter)
+"""Classes of tensors that compute as ATen does; others, such as quantised weights, bring functions of their own."""
 
 
 class NotRowLocal(UnsupportedModelError):
@@ -88,6 +77,12 @@ class RowLocal(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._apart:
             return func(*args, **kwargs)
+        tensors = list(_tensors((args, kwargs)))
+        for tensor in tensors:
+            if type(tensor) not in PLAIN:
+                raise NotRowLocal(
+                    f"{func} is a {type(tensor).__name__}'s own, which may sum in any order; exact=False allows that"
+                )
         if func is aten.mm.default:
             return self.linear(args[0], args[1].t(), None)
         if func is aten.addmm.default and not kwargs and args[0].dim() == 1:
@@ -96,9 +91,7 @@ class RowLocal(TorchDispatchMode):
             return _mean(*args, **kwargs)
         if func is aten.bmm.default and args[0].shape[-1] == 1:  # an outer product: RoPE's angles
             return args[0] * args[1]
-        name = func.name().partition(".")[0]
-        moves = func.is_view or torch.Tag.pointwise in func.tags or name in COPIES or name in ROW_A_BLOCK
-        if moves or not any(tensor.is_floating_point() for tensor in _tensors((args, kwargs))):
+        if _keeps_bits(func) or not any(tensor.is_floating_point() for tensor in tensors):
             return func(*args, **kwargs)
         with self:  # in inference mode ops come whole that otherwise come in parts
             result = func.decompose(*args, **kwargs)
@@ -107,6 +100,12 @@ class RowLocal(TorchDispatchMode):
                 f"{func} may sum in an order that follows from the number of rows; exact=False allows that"
             )
         return result
+
+
+def _keeps_bits(func: Any) -> bool:
+    """Whether an op gives a row the same bits in any company."""
+    named = func.namespace == "aten" and func.overloadpacket.__name__ in COPIES | ROW_A_BLOCK
+    return named or func.is_view or torch.Tag.pointwise in func.tags
 
 
 def _last_dimension(x: torch.Tensor, dim: list[int] | None, keepdim: bool = False, *, dtype: Any = None) -> bool:
