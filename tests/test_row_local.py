@@ -155,7 +155,8 @@ def test_integers_may_be_added_in_any_order() -> None:
 
 
 def engine(monkeypatch: pytest.MonkeyPatch, family: str, exact: bool | str, *, replays: bool) -> tuple[EaModel, list]:
-    """A model under the kernels, and what each target pass of its steps is: rows, and whether row-local."""
+    """A model under the kernels, and what each target pass of its steps is: rows, and whether row-local. replays: have it
+    hold its steps captured, though here their ops run in turn."""
     model = tiny_target(FAMILIES[family]).to(DEVICE)
     eagle = EaModel(model, tiny_draft(model), total_token=12, depth=2, top_k=4)
     monkeypatch.setattr(Session, "replays", replays)
@@ -169,6 +170,8 @@ def engine(monkeypatch: pytest.MonkeyPatch, family: str, exact: bool | str, *, r
             passes.append((tokens.shape[1], row_local))
         return forward(tokens, *args, row_local=row_local, **options)
 
+    nothing = {"capture": False, "pool": None, "stream": None}
+    monkeypatch.setattr(eagle._session.captures, "_place", lambda run: nothing)
     eagle._session._bits.refusal()
     monkeypatch.setattr(eagle.target, "forward", watched)
     return eagle, passes
@@ -177,18 +180,17 @@ def engine(monkeypatch: pytest.MonkeyPatch, family: str, exact: bool | str, *, r
 @pytest.mark.parametrize(
     ("family", "exact", "replays", "rows", "row_local"),
     [
-        ("llama", True, False, 12, True),
+        ("llama", True, True, 12, True),
         ("llama", "auto", True, 12, True),
+        ("llama", True, False, 64, False),
         ("llama", "auto", False, 12, False),
         ("llama", False, True, 12, False),
-        ("gpt2", True, False, 64, False),
+        ("gpt2", True, True, 64, False),
         ("gpt2", "auto", True, 12, False),  # 52 rows added to 12: too many
     ],
 )
 def test_which_passes_are_row_local(family, exact, replays, rows, row_local, monkeypatch) -> None:
-    eagle, passes = engine(monkeypatch, family, exact, replays=False)
-    monkeypatch.setattr(Session, "replays", replays)
-    monkeypatch.setattr(eagle._session.captures, "_place", lambda run: {"capture": False, "pool": None, "stream": None})
+    eagle, passes = engine(monkeypatch, family, exact, replays=replays)
     ids = torch.randint(29, (1, 5), device=DEVICE)
     tree = eagle.generate(ids, max_new_tokens=3)
     assert set(passes) == {(rows, row_local)}
@@ -198,19 +200,20 @@ def test_which_passes_are_row_local(family, exact, replays, rows, row_local, mon
 
 
 def test_the_report_tells_how_modules_are_exact(monkeypatch) -> None:
-    def said(family: str, exact: bool | str) -> str:
-        eagle, _ = engine(monkeypatch, family, exact, replays=False)
+    def said(family: str, exact: bool | str, *, replays: bool = True) -> str:
+        eagle, _ = engine(monkeypatch, family, exact, replays=replays)
         return {choice.op: choice.reason for choice in eagle.kernel_report()}["step"]
 
-    assert said("llama", True).endswith("; exact: the kernels compute the products of the target's own modules")
-    refused = said("mixtral", True)
-    assert "exact: every pass in whole tiles of 64 rows (aten._softmax.default may sum" in refused
-    assert said("mixtral", "auto").endswith("where that takes at most a tenth longer")
+    for exact in (True, "auto"):
+        assert said("llama", exact).endswith("; exact: the kernels compute the products of the target's own modules")
+    assert "whole tiles of 64 rows (aten._softmax.default may sum in an order" in said("mixtral", True)
+    assert "whole tiles of 64 rows where that takes at most a tenth longer (aten._softmax" in said("mixtral", "auto")
+    assert said("llama", True, replays=False).endswith("; exact: every pass in whole tiles of 64 rows")
     assert "exact" not in said("llama", False)
 
 
 def test_modules_are_looked_at_anew_when_they_change(monkeypatch) -> None:
-    eagle, _ = engine(monkeypatch, "llama", True, replays=False)
+    eagle, _ = engine(monkeypatch, "llama", True, replays=True)
     assert not eagle.library_products
     norm = eagle.base_model.model.norm
     norm.register_forward_hook(lambda module, args, out: out.softmax(-1))
