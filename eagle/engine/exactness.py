@@ -1,6 +1,6 @@
 """Where ``exact="auto"`` is exact: where that was measured to take at most a tenth of a step.
 
-Exactness costs something in two places. A library's products keep each row's bits only in passes padded to whole tiles of
+Exactness costs something in two places. Where a library has to compute a target's products (`row_bits`), they keep each row's bits only in passes padded to whole tiles of
 rows, and a large target's products of many rows are the library's faster than the kernels'. The prices, on an H100 and an
 H200, lie in ``docs/benchmarks``; a test holds these rules against the files.
 

@@ -20,8 +20,8 @@ class EngineSettings:
     """``engine``: "captured" replays a step as one CUDA graph, "eager" runs its ops one by one, "auto" captures on a
     CUDA device and says in `EaModel.kernel_report` where a model can't be. ``fused``: "on" runs a Llama-like target's
     layers and the head through the fused ops instead of module by module, "auto" does where it can. ``exact``: greedy
-    output equals plain decoding's bit for bit, also where a library computes the target's matrix products, in passes
-    padded to whole tiles of rows (`Session.pads_rows`); "auto" leaves out what would take more than a tenth
+    output equals plain decoding's bit for bit, also by a target's own modules, whose products the kernels then compute, or
+    else in passes padded to whole tiles of rows (`row_bits`); "auto" leaves out what would take more than a tenth
     longer (`exactness`): padding plain decoding and most batches of small trees, and a large target's products of more than
     256 rows in 16 bits. ``draft_dtype``: keep the head's weights in one byte a value; the output can't change, only what is
     proposed. ``target_dtype``: the same for a fused target's products, weights rounded by output channel; the output is
