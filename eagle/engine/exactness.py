@@ -1,8 +1,9 @@
 """Where ``exact="auto"`` is exact: where that was measured to take at most a tenth of a step.
 
-Exactness costs something in two places. Where a library has to compute a target's products (`row_bits`), they keep each row's bits only in passes padded to whole tiles of
-rows, and a large target's products of many rows are the library's faster than the kernels'. The prices, on an H100 and an
-H200, lie in ``docs/benchmarks``; a test holds these rules against the files.
+Exactness costs something in two places. Where a library has to compute a target's products (`row_bits`), they keep each
+row's bits only in passes padded to whole tiles of rows; and a large target's products of many rows are the library's
+faster than the kernels'. The prices, on an H100 and an H200, lie in ``docs/benchmarks``; a test holds these rules against
+the files.
 
 Plain decoding is never padded here: one row in a tile of 64 costs 14 to 18 % of its step, in float32 84 % and more. So
 EAGLE's padded passes write what plain decoding writes with ``exact=True``, whatever the tree.
