@@ -7,9 +7,10 @@ a pass `RowLocal` sees every ATen op that the modules come down to, and
 - takes a row's mean from ``native_layer_norm``, which gives each row a block of threads of its own;
 - lets through what adds nothing up across a row: pointwise ops, views, copies, integers, the norms that PyTorch itself
   computes a row a block;
-- refuses everything else, so that a model whose modules do more is found out, not taken for exact.
+- refuses everything else among PyTorch's ops.
 
-The mode is seen by Python alone: under capture it costs nothing.
+It does not see kernels launched past PyTorch's dispatcher, and takes every two-dimensional product for one with a weight.
+The mode is seen by Python alone: replays cost nothing.
 """
 
 from __future__ import annotations
