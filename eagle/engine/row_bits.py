@@ -40,38 +40,41 @@ class RowBits:
 
     def library_products(self, settings: EngineSettings, replays: bool) -> bool:
         """Whether a library computes products of the target, whose order of sums follows from the number of rows."""
-        if not products_by_kernel(self.target.ops):
-            return True
-        return self.target.fused is None and not (self._wanted(settings, replays) and self.refusal() is None)
+        if self.target.fused is not None:
+            return not products_by_kernel(self.target.ops)
+        return not self.row_local(settings, replays)
+
+    def row_local(self, settings: EngineSettings, replays: bool) -> bool:
+        """Whether the target runs its own modules, and these row by row."""
+        return self._watched(settings, replays) and self.refusal() is None
 
     def passes(self, settings: EngineSettings, replays: bool, nodes: int, trees: int) -> Passes:
         """The passes of a call over ``trees`` trees of ``nodes`` nodes, 1 for plain decoding. replays: whether its steps
         are captured."""
         ops, size = self.target.ops, (nodes, trees, *self._size)
-        auto, library = settings.exact == "auto", self.library_products(settings, replays)
+        auto = settings.exact == "auto"
         kernels = exactness.keeps_kernels(*size) if auto else bool(settings.exact)
         padded = exactness.pads(*size) if auto else bool(settings.exact)
         return Passes(
             ops=decoding_ops(ops) if kernels else ops,
-            row_local=kernels and not library and self.target.fused is None,
-            pad_rows=padded and library,
+            row_local=kernels and self.row_local(settings, replays),
+            pad_rows=padded and self.library_products(settings, replays),
         )
 
     def words(self, settings: EngineSettings, replays: bool) -> list[str]:
         """Where a row's bits depend on nothing else, or don't: nothing where that follows from the kernels."""
-        auto, words = settings.exact == "auto", []
         if not settings.exact:
-            return words
+            return []
+        auto, words = settings.exact == "auto", []
         if self.library_products(settings, replays):
             where = " where that takes at most a tenth longer" if auto else ""
-            why = self._why_padded(settings, replays)
+            why = f" ({self.refusal()})" if self._watched(settings, replays) else ""
             return [f"exact: every pass in whole tiles of {ROW_TILE} rows{where}{why}"]
         if self.target.fused is None:
             words.append("exact: the kernels compute the products of the target's own modules")
         if auto and not exactness.favours_kernels(*self._size):
-            words.append(
-                f"not exact: products of more than {exactness.KERNEL_ROWS} rows, where the library serves them"
-            )
+            most = exactness.KERNEL_ROWS
+            words.append(f"not exact: products of more than {most} rows, where the library serves them")
         return words
 
     def refusal(self) -> str | None:
@@ -87,15 +90,11 @@ class RowBits:
                 self._refusals[ops] = str(error)
         return self._refusals[ops]
 
-    def _wanted(self, settings: EngineSettings, replays: bool) -> bool:
+    def _watched(self, settings: EngineSettings, replays: bool) -> bool:
         """Whether modules are to be watched. Only under capture is that free: launched one by one, the ops of 30 layers
         took 51 ms of Python's time in place of 14 (2-core machine), where padding takes none."""
-        return bool(settings.exact) and replays
-
-    def _why_padded(self, settings: EngineSettings, replays: bool) -> str:
-        if self.target.fused is not None or not products_by_kernel(self.target.ops):
-            return ""
-        return f" ({self.refusal()})" if self._wanted(settings, replays) else ""
+        own = self.target.fused is None and products_by_kernel(self.target.ops)
+        return own and bool(settings.exact) and replays
 
     @property
     def _size(self) -> tuple[int, torch.dtype]:
