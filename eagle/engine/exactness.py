@@ -50,8 +50,8 @@ def pads(nodes: int, trees: int, width: int, dtype: torch.dtype) -> bool:
 
 
 def keeps_kernels(nodes: int, trees: int, width: int, dtype: torch.dtype) -> bool:
-    """Whether the kernels, where they can, compute a target's products in a pass of ``trees`` trees of ``nodes`` nodes, though a
-    library may be faster."""
+    """Whether the kernels, where they can, compute a target's products in a pass of ``trees`` trees of ``nodes`` nodes,
+    though a library may be faster."""
     return trees * nodes <= KERNEL_ROWS or favours_kernels(width, dtype)
 
 
