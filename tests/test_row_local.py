@@ -1,5 +1,4 @@
-"""Row-local passes of a model's own modules: which models have them, that a row's bits are its own, and that an engine
-with kernels takes them in place of padding."""
+"""Row-local passes of a model's own modules: which models have them, that a row's bits are its own, what is refused."""
 
 from __future__ import annotations
 
@@ -14,18 +13,15 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from test_target import FAMILIES
-from tiny import relative_error, tiny_draft, tiny_target
+from tiny import relative_error, tiny_target
 
-from eagle.engine.session import Session
-from eagle.errors import UnsupportedModelError
-from eagle.model.ea_model import EaModel
+from eagle.errors import InvalidInputError
 from eagle.model.row_local import NotRowLocal, RowLocal
+from eagle.model.row_trial import lone_rows
 from eagle.model.target import Target
 from eagle.model.torch_ops import TORCH_OPS
-from eagle.model.triton_kernels import linear, optimize_eagle_with_triton
+from eagle.model.triton_kernels import linear
 from eagle.model.triton_kernels.attention import attention
-from eagle.model.triton_kernels.dispatch import Served
-from eagle.model.triton_kernels.integration import plan_for
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -38,6 +34,7 @@ def plain_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 OPS = TORCH_OPS.replaced(**({"linear": linear, "attention": attention} if HAS_GPU else {"linear": plain_linear}))
 REFUSED = {"mixtral": "_softmax", "gpt2": "a product the kernels don't take: weight"}
+BARE = torch.nn.Module()  # without weights
 
 
 def tree_pass(target: Target, tokens: list[int], *, row_local: bool) -> torch.Tensor:
@@ -57,10 +54,10 @@ def test_which_families_are_row_local(family: str, inference: bool, dtype: torch
     target = Target(tiny_target(FAMILIES[family], spread=1.0).to(DEVICE, dtype), OPS)
     with torch.inference_mode(inference):
         if family in REFUSED:
-            with pytest.raises(UnsupportedModelError, match=REFUSED[family]):
-                target.check_row_local(OPS)
+            with pytest.raises(NotRowLocal, match=REFUSED[family]):
+                lone_rows(target, OPS, 1, 2)
             return
-        target.check_row_local(OPS)
+        lone_rows(target, OPS, 2, 3)
         tokens = torch.randint(29, (5,)).tolist()
         own, found = (tree_pass(target, tokens, row_local=row_local) for row_local in (False, True))
     assert relative_error(found, own) < (1e-5 if dtype == torch.float32 else 2e-2)
@@ -96,7 +93,7 @@ ROWWISE = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_norms_and_means_keep_a_rows_bits(op: str, width: int, dtype: torch.dtype) -> None:
     x = torch.randn(200, width, device=DEVICE).to(dtype)
-    with torch.no_grad(), RowLocal(linear):
+    with torch.no_grad(), RowLocal(linear, BARE):
         wanted = ROWWISE[op](x)
         for count in (1, 2, 3, 8, 15, 16, 31, 64, 65, 199):
             assert torch.equal(ROWWISE[op](x[:count]), wanted[:count]), count
@@ -112,31 +109,85 @@ def test_products_with_weights_go_to_the_kernel(bias: bool, inference: bool) -> 
         seen.append((tuple(rows.shape), weight.data_ptr(), None if shift is None else shift.data_ptr()))
         return F.linear(rows, weight, shift)
 
-    with torch.inference_mode(inference), torch.no_grad(), RowLocal(counted):
+    with torch.inference_mode(inference), torch.no_grad(), RowLocal(counted, layer):
         out = layer(x)
     assert seen == [((6, 24), layer.weight.data_ptr(), layer.bias.data_ptr() if bias else None)]
     assert relative_error(out, layer(x)) < 1e-6
 
 
-@pytest.mark.parametrize(
-    "op",
-    [
-        lambda x: x.sum(-1),
-        lambda x: x.mean(0),
-        lambda x: x.mean(),
-        lambda x: x.mean(-1, dtype=torch.float64),
-        lambda x: x.softmax(-1),
-        lambda x: x.std(-1),
-        lambda x: torch.bmm(x[None], x.t()[None]),
-        lambda x: torch.addmm(x[:, :4], x, x.t()[:, :4]),
-        lambda x: torch.addmm(x[0, :4], x, x.t()[:, :4], beta=2.0),
-        lambda x: x.cumsum(0),
-        lambda x: x.topk(2).values,
-    ],
-)
-def test_what_may_sum_across_rows_or_in_any_order_is_refused(op) -> None:
-    with torch.no_grad(), RowLocal(F.linear), pytest.raises(NotRowLocal, match=r"aten\.\w+"):
-        op(torch.randn(4, 6))
+SUMS = {
+    "sum.dim_IntList": lambda x: x.sum(-1),
+    "mean.dim": lambda x: x.mean(0),
+    "mean.dim of the middle": lambda x: x[None].mean(1),
+    "mean.default": lambda x: x.mean(),
+    "mean.dim to float64": lambda x: x.mean(-1, dtype=torch.float64),
+    "_softmax": lambda x: x.softmax(-1),
+    "std.correction": lambda x: x.std(-1),
+    "var_mean": lambda x: torch.var_mean(x, -1),
+    "amax": lambda x: x.amax(-1),
+    "linalg_vector_norm": lambda x: torch.linalg.vector_norm(x, dim=-1),
+    "native_group_norm": lambda x: F.group_norm(x, 2),
+    "convolution": lambda x: F.conv1d(x[None], x[:2, :, None].transpose(0, 1)[:2].repeat(1, 2, 1)),
+    "bmm": lambda x: torch.bmm(x[None], x.t()[None]),
+    "baddbmm": lambda x: torch.baddbmm(x[None, :, :4], x[None], x.t()[None]),
+    "mm": lambda x: x @ x.t(),
+    "addmm": lambda x: torch.addmm(x[:, :4], x, x.t()),
+    "addmm of a vector": lambda x: torch.addmm(x[0, :4], x, x.t()),
+    "addmm with beta": lambda x: torch.addmm(x[0, :4], x, x.t(), beta=2.0),
+    "scaled_dot_product": lambda x: F.scaled_dot_product_attention(*(x[None, None],) * 3),
+    "cumsum": lambda x: x.cumsum(0),
+    "topk": lambda x: x.topk(2).values,
+    "index_put": lambda x: x.index_put_((torch.tensor([0, 0], device=x.device),), x[:2].clone(), accumulate=True),
+    "index_add": lambda x: x.index_add(0, torch.tensor([0, 0], device=x.device), x[:2]),
+    "scatter_add": lambda x: x.scatter_add_(0, torch.zeros(2, 6, dtype=torch.int64, device=x.device), x[:2].clone()),
+    "sum of complex numbers": lambda x: torch.complex(x, x).sum(-1),
+    "sum of integers as": lambda x: (x > 0).sum(-1, dtype=torch.float32),
+    "_?softmax of integers as": lambda x: (x > 0).long().softmax(-1, dtype=torch.float32),
+    "rand": lambda x: x + torch.rand(6, device=x.device),
+    "bernoulli": lambda x: torch.bernoulli(x.abs().clamp(max=1)),
+    "(bernoulli_|native_dropout)": lambda x: F.dropout(x, 0.5),
+    "flip": lambda x: x.flip(0),
+    "roll": lambda x: x.roll(1, 0),
+}
+"""What may sum across rows, in any order, or draw; the key begins with the op's name, or that of what it comes down to."""
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["no_grad", "inference_mode"])
+@pytest.mark.parametrize("op", SUMS)
+def test_what_may_sum_across_rows_or_in_any_order_is_refused(op: str, inference: bool) -> None:
+    x = torch.randn(4, 6, device=DEVICE)
+    said = rf"^aten\.(_native_|_)?{op.split()[0]}.* is not known to give a row the same bits"
+    with torch.inference_mode(inference), RowLocal(F.linear, BARE), pytest.raises(NotRowLocal, match=said):
+        SUMS[op](x)
+
+
+EACH_BY_ITSELF = {
+    "gated": lambda x: F.glu(x) + F.logsigmoid(x[:, :3]),
+    "complex angles": lambda x: torch.view_as_real(torch.polar(x.abs(), x) * torch.complex(x, x)),
+    "copies": lambda x: torch.cat([x, x]).repeat(2, 1)[:, [0, 2]].tril(),
+    "dropout that does nothing": lambda x: F.dropout(x, 0.5, training=False),
+    "integers": lambda x: x + (x > 0).cumsum(-1),
+    "an outer product": lambda x: x[:, :, :1] @ x[:, :1],
+}
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["no_grad", "inference_mode"])
+@pytest.mark.parametrize("op", EACH_BY_ITSELF)
+def test_what_computes_each_number_by_itself_passes(op: str, inference: bool) -> None:
+    x = torch.randn(4, 6, device=DEVICE)
+    if op == "an outer product":
+        x = x[None]
+    with torch.inference_mode(inference), torch.no_grad(), RowLocal(F.linear, BARE):
+        found = EACH_BY_ITSELF[op](x)
+    assert relative_error(torch.view_as_real(found) if found.is_complex() else found, EACH_BY_ITSELF[op](x)) < 1e-6
+
+
+def test_a_slice_is_summed_as_a_copy_of_it() -> None:
+    x = torch.randn(5000, device=DEVICE)
+    with torch.no_grad(), RowLocal(F.linear, BARE):
+        for start in range(1, 5):
+            part = x[start : start + 4001]
+            assert torch.equal(_mean(part), _mean(part.clone()))
 
 
 class Scaled(torch.Tensor):
@@ -144,78 +195,45 @@ class Scaled(torch.Tensor):
 
 
 def test_a_weight_of_another_class_is_refused() -> None:
-    weight = torch.randn(4, 6).as_subclass(Scaled)
-    with torch.no_grad(), RowLocal(F.linear), pytest.raises(NotRowLocal, match=r"aten\.\w+\.\w+ is a Scaled's own"):
-        torch.mm(torch.randn(2, 6), weight.t())
+    x, weight = torch.randn(2, 6), torch.randn(4, 6).as_subclass(Scaled)
+    with (
+        torch.no_grad(),
+        RowLocal(F.linear, BARE),
+        pytest.raises(NotRowLocal, match=r"aten\.\w+\.\w+ is a Scaled's own"),
+    ):
+        torch.mm(x, weight.t())
 
 
-def test_integers_may_be_added_in_any_order() -> None:
-    with RowLocal(F.linear):
-        assert torch.arange(5).cumsum(0).sum() == 20
-
-
-def engine(monkeypatch: pytest.MonkeyPatch, family: str, exact: bool | str, *, replays: bool) -> tuple[EaModel, list]:
-    """A model under the kernels, and what each target pass of its steps is: rows, and whether row-local. replays: have it
-    hold its steps captured, though here their ops run in turn."""
-    model = tiny_target(FAMILIES[family]).to(DEVICE)
-    eagle = EaModel(model, tiny_draft(model), total_token=12, depth=2, top_k=4)
-    monkeypatch.setattr(Session, "replays", replays)
-    kept = ("attention", "linear", "gate_up_swiglu", "linear_add_rms_norm")
-    served = {op: Served(op, getattr(OPS, op), getattr(TORCH_OPS, op), (), plan_for(eagle)) for op in kept}
-    optimize_eagle_with_triton(eagle, ops=OPS.replaced(**served), engine="eager", fused="off", exact=exact)
-    forward, passes = eagle.target.forward, []
-
-    def watched(tokens: torch.Tensor, *args, row_local: bool = False, **options):
-        if options.get("depths") is not None:
-            passes.append((tokens.shape[1], row_local))
-        return forward(tokens, *args, row_local=row_local, **options)
-
-    nothing = {"capture": False, "pool": None, "stream": None}
-    monkeypatch.setattr(eagle._session.captures, "_place", lambda run: nothing)
-    eagle._session._bits.refusal()
-    monkeypatch.setattr(eagle.target, "forward", watched)
-    return eagle, passes
+def test_a_bias_that_is_no_weight_is_refused() -> None:
+    layer, x = torch.nn.Linear(6, 6), torch.randn(6, 6)
+    with torch.no_grad(), RowLocal(F.linear, layer), pytest.raises(NotRowLocal, match=r"aten\.addmm"):
+        F.linear(x, layer.weight, x[0])
 
 
 @pytest.mark.parametrize(
-    ("family", "exact", "replays", "rows", "row_local"),
+    ("error", "wanted", "said"),
     [
-        ("llama", True, True, 12, True),
-        ("llama", "auto", True, 12, True),
-        ("llama", True, False, 64, False),
-        ("llama", "auto", False, 12, False),
-        ("llama", False, True, 12, False),
-        ("gpt2", True, True, 64, False),
-        ("gpt2", "auto", True, 12, False),  # 52 rows added to 12: too many
+        (ValueError("rows of 3"), NotRowLocal, "a product the kernels don't take: rows of 3"),
+        (InvalidInputError("another thread"), InvalidInputError, "another thread"),
+        (RuntimeError("no room"), RuntimeError, "no room"),
     ],
 )
-def test_which_passes_are_row_local(family, exact, replays, rows, row_local, monkeypatch) -> None:
-    eagle, passes = engine(monkeypatch, family, exact, replays=replays)
-    ids = torch.randint(29, (1, 5), device=DEVICE)
-    tree = eagle.generate(ids, max_new_tokens=3)
-    assert set(passes) == {(rows, row_local)}
-    passes.clear()
-    assert torch.equal(eagle.generate(ids, max_new_tokens=3, speculative=False), tree)
-    assert set(passes) == {(64 if rows == 64 else 1, row_local)}
+def test_what_the_product_raises(error: Exception, wanted: type[Exception], said: str) -> None:
+    def failing(*_):
+        raise error
+
+    layer, x = torch.nn.Linear(6, 4), torch.randn(2, 6)
+    with torch.no_grad(), RowLocal(failing, layer), pytest.raises(wanted, match=said) as raised:
+        layer(x)
+    assert type(raised.value) is wanted
 
 
-def test_the_report_tells_how_modules_are_exact(monkeypatch) -> None:
-    def said(family: str, exact: bool | str, *, replays: bool = True) -> str:
-        eagle, _ = engine(monkeypatch, family, exact, replays=replays)
-        return {choice.op: choice.reason for choice in eagle.kernel_report()}["step"]
+def test_a_modules_own_error_stays_its_own() -> None:
+    def refuse(module, args):
+        raise ValueError("too wide")
 
-    for exact in (True, "auto"):
-        assert said("llama", exact).endswith("; exact: the kernels compute the products of the target's own modules")
-    assert "whole tiles of 64 rows (aten._softmax.default may sum in an order" in said("mixtral", True)
-    assert "whole tiles of 64 rows where that takes at most a tenth longer (aten._softmax" in said("mixtral", "auto")
-    assert said("llama", True, replays=False).endswith("; exact: every pass in whole tiles of 64 rows")
-    assert "exact" not in said("llama", False)
-
-
-def test_modules_are_looked_at_anew_when_they_change(monkeypatch) -> None:
-    eagle, _ = engine(monkeypatch, "llama", True, replays=True)
-    assert not eagle.library_products
-    norm = eagle.base_model.model.norm
-    norm.register_forward_hook(lambda module, args, out: out.softmax(-1))
-    eagle.generate(torch.randint(29, (1, 5), device=DEVICE), max_new_tokens=2)
-    assert eagle.library_products
+    layer, x = torch.nn.Linear(6, 4), torch.randn(2, 6)
+    layer.register_forward_pre_hook(refuse)
+    with torch.no_grad(), RowLocal(F.linear, layer), pytest.raises(ValueError, match=r"^too wide$") as raised:
+        layer(x)
+    assert type(raised.value) is ValueError

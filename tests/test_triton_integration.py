@@ -248,11 +248,21 @@ def test_exact_is_auto_where_kernels_serve_and_as_loaded_elsewhere(model):
         with pytest.raises(InvalidInputError, match="exact is True, which needs the attention kernel"):
             optimize_eagle_with_triton(model, **others, exact=True)
         assert (model.engine, model.ops) == before
-    advice = r"\(cuda\); use 'auto', or let the kernels serve" if DEVICE == "cuda" else r"\(cpu\); use 'auto', or a GPU"
+    advice = "let the kernels serve" if DEVICE == "cuda" else "a GPU"
+    advice = rf"\({DEVICE}, head size \d+\); use 'auto', or {advice}"
     with pytest.raises(InvalidInputError, match=f"no kernel serves attention {advice}"):
         optimize_eagle_with_triton(model, kernels="torch", exact=True)
     with pytest.raises(InvalidInputError, match="exact is 'yes'; expected True, False or 'auto'"):
         optimize_eagle_with_triton(model, exact="yes")
+
+
+def test_heads_that_the_attention_kernel_does_not_take_are_not_exact():
+    target = tiny_target(head_dim=512, num_hidden_layers=3).to(DEVICE)
+    model = EaModel(target, tiny_draft(target))
+    optimize_eagle_with_triton(model, kernels="triton")
+    assert model.engine.exact is False
+    with pytest.raises(InvalidInputError, match="head size 512"):
+        optimize_eagle_with_triton(model, kernels="triton", exact=True)
 
 
 def test_a_table_of_ones_own(model):

@@ -17,6 +17,7 @@ import torch
 from eagle.engine.state import Run, StaticState, slots_beyond
 from eagle.engine.step import step
 from eagle.model.ops import DecodeState, Ops, Sampling, TreeShape
+from eagle.model.row_local import NotRowLocal
 from eagle.model.triton_kernels.dispatch import Served
 from eagle.model.verify import evaluate_posterior
 
@@ -53,7 +54,7 @@ def captured(
         # thread_local: what other threads do on the device meanwhile is their own affair
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             result = body()
-    except RuntimeError:
+    except (RuntimeError, NotRowLocal):
         # A capture that fails may leave this thread on its stream, and leaves the device's generator waiting for its end:
         # every later draw would raise.
         torch.cuda.set_stream(before)

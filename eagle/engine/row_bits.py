@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from eagle.engine import exactness
+from eagle.engine.memory import is_out_of_memory
 from eagle.engine.settings import EngineSettings
 from eagle.engine.state import ROW_TILE
-from eagle.errors import UnsupportedModelError
+from eagle.errors import EagleError
 from eagle.model.ops import Ops
+from eagle.model.row_local import NotRowLocal
+from eagle.model.row_trial import check_row_local
 from eagle.model.target import Target
+from eagle.model.target_support import has_experts
 from eagle.model.triton_kernels.dispatch import decoding_ops, products_by_kernel
 
 
@@ -32,33 +37,41 @@ class RowBits:
 
     def __init__(self, target: Target) -> None:
         self.target = target
-        self._refusals: dict[Ops, str | None] = {}
+        self._ops: Ops | None = None
+        self._tried: set[tuple[int, int]] = set()  # passes of the modules, by trees and nodes
+        self._refusal: str | None = None
 
     def forget(self) -> None:
-        """Look at the modules anew: they may have changed."""
-        self._refusals.clear()
+        """Try the modules anew: they may have changed."""
+        self._tried.clear()
+        self._refusal = None
 
     def library_products(self, settings: EngineSettings, replays: bool) -> bool:
         """Whether a library computes products of the target, whose order of sums follows from the number of rows."""
         if self.target.fused is not None:
             return not products_by_kernel(self.target.ops)
-        return not self.row_local(settings, replays)
+        return not self.watches(settings, replays) or self.refusal() is not None
 
-    def row_local(self, settings: EngineSettings, replays: bool) -> bool:
-        """Whether the target runs its own modules, and these row by row."""
-        return self._watched(settings, replays) and self.refusal() is None
-
-    def passes(self, settings: EngineSettings, replays: bool, nodes: int, trees: int) -> Passes:
+    def passes(
+        self,
+        settings: EngineSettings,
+        replays: bool,
+        nodes: int,
+        trees: int,
+        told: Callable[[str], None] | None = None,
+    ) -> Passes:
         """The passes of a call over ``trees`` trees of ``nodes`` nodes, 1 for plain decoding. replays: whether its steps
-        are captured."""
+        are captured; told: as in `Session`."""
         ops, size = self.target.ops, (nodes, trees, *self._size)
         auto = settings.exact == "auto"
         kernels = exactness.keeps_kernels(*size) if auto else bool(settings.exact)
         padded = exactness.pads(*size) if auto else bool(settings.exact)
+        watched = kernels and self.watches(settings, replays)
+        row_local = watched and self.refusal((trees, nodes), told) is None
         return Passes(
             ops=decoding_ops(ops) if kernels else ops,
-            row_local=kernels and self.row_local(settings, replays),
-            pad_rows=padded and self.library_products(settings, replays),
+            row_local=row_local,
+            pad_rows=padded and not row_local and self.library_products(settings, replays),
         )
 
     def words(self, settings: EngineSettings, replays: bool) -> list[str]:
@@ -68,8 +81,9 @@ class RowBits:
         auto, words = settings.exact == "auto", []
         if self.library_products(settings, replays):
             where = " where that takes at most a tenth longer" if auto else ""
-            why = f" ({self.refusal()})" if self._watched(settings, replays) else ""
-            return [f"exact: every pass in whole tiles of {ROW_TILE} rows{where}{why}"]
+            but = " but for products of experts" if has_experts(self.target.model) else ""
+            why = f" ({self._why_library(settings, replays)})"
+            return [f"exact{but}: every pass in whole tiles of {ROW_TILE} rows{where}{why}"]
         if self.target.fused is None:
             words.append("exact: the kernels compute the products of the target's own modules")
         if auto and not exactness.favours_kernels(*self._size):
@@ -77,24 +91,62 @@ class RowBits:
             words.append(f"not exact: products of more than {most} rows, where the library serves them")
         return words
 
-    def refusal(self) -> str | None:
-        """Why the target's modules can't run `row_local`; None where they can. Found by one small pass, and kept."""
-        ops = decoding_ops(self.target.ops)
-        if ops not in self._refusals:
-            device = self.target.device
-            try:
-                with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-                    self.target.check_row_local(ops)
-                self._refusals[ops] = None
-            except UnsupportedModelError as error:
-                self._refusals[ops] = str(error)
-        return self._refusals[ops]
-
-    def _watched(self, settings: EngineSettings, replays: bool) -> bool:
-        """Whether modules are to be watched. Only under capture is that free: launched one by one, the ops of 30 layers
-        took 51 ms of Python's time in place of 14 (2-core machine), where padding takes none."""
+    def watches(self, settings: EngineSettings, replays: bool) -> bool:
+        """Whether the target runs its own modules, and these row by row unless there is a `refusal`. Only under capture is
+        that free: launched one by one, the ops of 30 layers took 51 ms of Python's time in place of 14 (2-core machine),
+        where padding takes none."""
         own = self.target.fused is None and products_by_kernel(self.target.ops)
         return own and bool(settings.exact) and replays
+
+    @property
+    def tried(self) -> bool:
+        """Whether there is an answer of `refusal` for the present ops."""
+        return self._refusal is not None or (bool(self._tried) and self._ops is decoding_ops(self.target.ops))
+
+    def refusal(self, size: tuple[int, int] | None = None, told: Callable[[str], None] | None = None) -> str | None:
+        """Why the target's modules can't run row by row; None where they can. size: trees and nodes of a pass to come,
+        which is tried once; None asks for what is known, or tries a small one. A refusal holds for all sizes: EAGLE's
+        passes and plain decoding's must be of one kind."""
+        ops = decoding_ops(self.target.ops)
+        if ops is not self._ops:
+            self.forget()
+            self._ops = ops
+        untried = size not in self._tried if size else not self._tried
+        if untried and self._refusal is None:
+            trees, nodes = size or (1, 2)
+            if told is not None:
+                told(f"trying the target's modules on {trees} × {nodes} rows")
+            self._refusal = self._trial(ops, trees, nodes)
+            self._tried.add((trees, nodes))
+        return self._refusal
+
+    def refuse(self, reason: str) -> None:
+        """Hold the modules for refused: a pass has met what no trial has."""
+        self._refusal = reason
+
+    def _trial(self, ops: Ops, trees: int, nodes: int) -> str | None:
+        device = self.target.device
+        try:
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                check_row_local(self.target, ops, trees, nodes)
+        except NotRowLocal as error:
+            return str(error)
+        except EagleError:
+            raise
+        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+            if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                raise
+            reason = next(iter(str(error).strip().splitlines()), "")
+            return f"a trial of its modules failed: {type(error).__name__}: {reason}"
+        return None
+
+    def _why_library(self, settings: EngineSettings, replays: bool) -> str:
+        """Why a library computes products of a target."""
+        if self.watches(settings, replays):
+            return str(self.refusal())
+        if not products_by_kernel(self.target.ops):
+            return "the kernels don't compute all its products"
+        return "the kernels take the products of its own modules in captured steps alone"
 
     @property
     def _size(self) -> tuple[int, torch.dtype]:

@@ -11,15 +11,17 @@ import torch
 from eagle.engine.cache_store import CacheStore, Demand, captured_rows
 from eagle.engine.captures import Captures
 from eagle.engine.loop import GenerationStats, decode
-from eagle.engine.memory import free_bytes, too_large
+from eagle.engine.memory import allocator_line, free_bytes, is_out_of_memory, too_large
 from eagle.engine.prefill import Chunks
 from eagle.engine.row_bits import Passes, RowBits
 from eagle.engine.settings import EngineSettings
 from eagle.engine.state import Run, slots_needed
 from eagle.engine.turns import Turns
+from eagle.errors import OutOfMemoryError
 from eagle.model.drafts import DraftModel
 from eagle.model.fused_draft import FusedDraft
 from eagle.model.ops import Sampling, TreeShape
+from eagle.model.row_local import NotRowLocal
 from eagle.model.target import Target
 
 
@@ -69,9 +71,8 @@ class Session:
             try:
                 with self._on_device():
                     refresh()
-                    passes = self.passes(call)
-                    pad_rows = passes.pad_rows
-                    steps = self._steps(call, passes, stats)
+                    pad_rows = self.passes(call).pad_rows
+                    steps = self._steps(call, stats)
                 with closing(steps):
                     while True:
                         with self._on_device():  # left at each yield: the caller's current device is its own
@@ -94,13 +95,15 @@ class Session:
     @property
     def library_products(self) -> bool:
         """Whether a library computes products of the target, whose order of sums follows from the number of rows."""
+        self._try_modules()
         return self._bits.library_products(self.settings, self.replays)
 
     def passes(self, call: Call) -> Passes:
         """How a call's target passes run."""
         nodes, batch = call.shape.total_token if call.speculative else 1, len(call.prompts)
         replays = self.replays
-        return self._bits.passes(self.settings, replays, nodes, captured_rows(batch) if replays else batch)
+        trees = captured_rows(batch) if replays else batch
+        return self._bits.passes(self.settings, replays, nodes, trees, self.told)
 
     def exclusive(self) -> AbstractContextManager[None]:
         """Wait for this model's turn to change something; may be nested. Raises InvalidInputError where this thread has a
@@ -127,7 +130,23 @@ class Session:
             engine, reason = "captured", "one CUDA graph a step"
             if self.captures.prefill_reason is not None:
                 reason += f"; prompts could not be captured: {self.captures.prefill_reason}"
+        self._try_modules()
         return engine, "; ".join([reason, *self._bits.words(self.settings, self.replays)])
+
+    def _try_modules(self) -> None:
+        """Have modules that are to run row by row tried, in this model's turn, where no generation has done so. Raises
+        OutOfMemoryError where that runs out of memory."""
+        if self._bits.tried or not self._bits.watches(self.settings, self.replays):
+            return
+        with self.exclusive():
+            try:
+                self._bits.refusal(told=self.told)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise OutOfMemoryError(
+                    f"a pass of two rows through the target ran out of memory ({allocator_line(error)}); free some first"
+                ) from error
 
     def _why_eager(self) -> str | None:
         device = self.target.device
@@ -141,20 +160,33 @@ class Session:
             return f"the capture failed: {self.captures.step_reason}"
         return None
 
-    def _steps(self, call: Call, passes: Passes, stats: GenerationStats) -> Generator[list[list[int]], None, None]:
-        """The call's prefill and steps, with their caches allocated and what can be captured captured."""
+    def _steps(self, call: Call, stats: GenerationStats) -> Generator[list[list[int]], None, None]:
+        """The call's prefill and steps. Where they can't be captured, or not as chosen, they are chosen anew: idle rows
+        and rows by themselves are for captured steps alone."""
+        while True:
+            try:
+                steps = self._begun(call, self.passes(call), stats)
+            except NotRowLocal as error:
+                self._bits.refuse(str(error))
+                steps = None
+            if steps is not None:
+                return steps
+            self._store.forget()
+
+    def _begun(
+        self, call: Call, passes: Passes, stats: GenerationStats
+    ) -> Generator[list[list[int]], None, None] | None:
+        """The call's prefill and steps, with their caches allocated and what can be captured captured; None where the
+        step turned out not to be."""
         batch, captured, required = len(call.prompts), self.replays, self.settings.engine == "captured"
         in_turns = captured and batch > 1 and self.captures.prefill_reason is None
-        slots = call.slots(passes.pad_rows)
-        demand = Demand(batch, slots, call.shape, passes.pad_rows, captured, in_turns)
+        demand = Demand(batch, call.slots(passes.pad_rows), call.shape, passes.pad_rows, captured, in_turns)
         run, reused = self._run(call, passes, demand, self._common_prefix(call.prompts) if call.reuse_prefix else 0)
         static = self.captures.step(run, stats, self.told, required=required) if captured else None
         chunks = None
-        if static is None and run.caches.target.batch != batch:  # idle rows are for captured steps alone
-            del run
-            self._store.forget()
-            run, _ = self._run(call, passes, replace(demand, captured=False, in_turns=False), 0)
-        if static is not None:
+        if captured:
+            if static is None:
+                return None
             run = static.prepare(run)
             if in_turns or batch == 1:
                 chunks = self._chunks(run, demand, reused, stats)

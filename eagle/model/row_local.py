@@ -9,8 +9,8 @@ a pass `RowLocal` sees every ATen op that the modules come down to, and
   computes a row a block;
 - refuses everything else among PyTorch's ops.
 
-It does not see kernels launched past PyTorch's dispatcher, and takes every two-dimensional product for one with a weight.
-The mode is seen by Python alone: replays cost nothing.
+It does not see kernels launched past PyTorch's dispatcher; `eagle.model.row_trial` compares bits. The mode is seen by
+Python alone: replays cost nothing.
 """
 
 from __future__ import annotations
@@ -23,42 +23,48 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eagle.errors import UnsupportedModelError
+from eagle.errors import EagleError, UnsupportedModelError
 
 aten = torch.ops.aten
 
 Result = TypeVar("Result")
 
-COPIES = frozenset(
+UNMARKED = frozenset(
     (
-        *("_to_copy", "_unsafe_view", "cat", "constant_pad_nd", "copy_", "embedding", "fill_", "flip", "gather"),
-        *("index", "index_select", "lift_fresh_copy", "masked_fill_", "repeat", "repeat_interleave", "roll", "stack"),
+        *("_to_copy", "_unsafe_view", "cat", "constant_pad_nd", "copy_", "embedding", "fill_", "gather", "index"),
+        *("index_select", "lift_fresh_copy", "masked_fill_", "repeat", "repeat_interleave", "stack", "zero_"),
         *("empty_like", "full_like", "new_empty", "new_empty_strided", "new_full", "new_ones", "new_zeros"),
-        *("ones_like", "zeros_like", "tril", "triu"),
+        *("ones_like", "zeros_like", "tril", "triu", "complex", "glu", "log_sigmoid_forward", "polar"),
     )
 )
-"""Ops that move or round numbers, or make room for them. Pointwise ops and views carry a mark of their own."""
+"""Ops that move or round numbers, make room for them or compute each by itself. Most pointwise ops, and views, carry a mark
+of their own."""
 
 ROW_A_BLOCK = frozenset(("native_layer_norm", "_fused_rms_norm"))
-"""Sums in an order that follows from the row's width alone (ATen/native/cuda/layer_norm_kernel.cu); a test holds it."""
+"""Sums in an order that follows from the row's width alone (ATen/native/cuda/layer_norm_kernel.cu), and from whether it may
+be read in vectors; a test holds it."""
+
+VECTOR_BYTES = 16
 
 PLAIN = (torch.Tensor, nn.Parameter)
 """Classes of tensors that compute as ATen does; others, such as quantised weights, bring functions of their own."""
 
 
 class NotRowLocal(UnsupportedModelError):
-    """An op of a model's modules may add up in an order that follows from the number of rows."""
+    """Something that a model's modules do is not known to give a row the same bits whatever the number of rows."""
 
 
 class RowLocal(TorchDispatchMode):
-    """Has each row of a pass keep its bits. linear: ``x [M, K], weight [N, K], bias [N] or None → [M, N]``, of any M.
+    """Has each row of a pass through ``model`` keep its bits. linear: ``x [M, K], weight [N, K], bias [N] or None →
+    [M, N]``, of any M.
 
-    An op that may not keep a row's bits raises `NotRowLocal`, a product that ``linear`` doesn't take what that raises.
+    An op that may not keep a row's bits, or a product that ``linear`` doesn't take, raises `NotRowLocal`.
     """
 
-    def __init__(self, linear: Callable[..., torch.Tensor]) -> None:
+    def __init__(self, linear: Callable[..., torch.Tensor], model: nn.Module) -> None:
         super().__init__()
         self.linear = linear
+        self._weights = {_memory(tensor) for tensor in (*model.parameters(), *model.buffers()) if type(tensor) in PLAIN}
         self._apart = 0
 
     def apart(self, function: Callable[..., Result]) -> Callable[..., Result]:
@@ -81,32 +87,81 @@ class RowLocal(TorchDispatchMode):
         tensors = list(_tensors((args, kwargs)))
         for tensor in tensors:
             if type(tensor) not in PLAIN:
-                raise NotRowLocal(
-                    f"{func} is a {type(tensor).__name__}'s own, which may sum in any order; exact=False allows that"
-                )
-        if func is aten.mm.default:
-            return self.linear(args[0], args[1].t(), None)
-        if func is aten.addmm.default and not kwargs and args[0].dim() == 1:
-            return self.linear(args[1], args[2].t(), args[0])
+                raise NotRowLocal(f"{func} is a {type(tensor).__name__}'s own, which may sum in any order")
+        if func is aten.mm.default and self._weighs(args[1]):
+            return self._product(args[0], args[1], None)
+        if func is aten.addmm.default and not kwargs and args[0].dim() == 1 and self._weighs(args[0], args[2]):
+            return self._product(args[1], args[2], args[0])
         if func is aten.mean.dim and _last_dimension(*args, **kwargs):
             return _mean(*args, **kwargs)
         if func is aten.bmm.default and args[0].shape[-1] == 1:  # an outer product: RoPE's angles
             return args[0] * args[1]
-        if _keeps_bits(func) or not any(tensor.is_floating_point() for tensor in tensors):
-            return func(*args, **kwargs)
+        if not _drawn(func):
+            if _keeps_bits(func):
+                return func(*args, **kwargs)
+            if _named(func, ROW_A_BLOCK):
+                return func(_aligned(args[0]), *args[1:], **kwargs)
+            if not any(map(_rounds, tensors)):
+                return _exactly(func, args, kwargs, bool(tensors))
         with self:  # in inference mode ops come whole that otherwise come in parts
             result = func.decompose(*args, **kwargs)
         if result is NotImplemented:
-            raise NotRowLocal(
-                f"{func} may sum in an order that follows from the number of rows; exact=False allows that"
-            )
+            raise _unknown(func)
         return result
+
+    def _weighs(self, *tensors: torch.Tensor) -> bool:
+        """Whether these lie in the memory of the model's weights."""
+        return all(_memory(tensor) in self._weights for tensor in tensors)
+
+    def _product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """``x @ weight + bias`` by the kernel."""
+        try:
+            return self.linear(x, weight.t(), bias)
+        except EagleError:
+            raise
+        except ValueError as error:
+            raise NotRowLocal(f"a product the kernels don't take: {error}") from error
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _named(func: Any, names: frozenset[str]) -> bool:
+    return func.namespace == "aten" and func.overloadpacket.__name__ in names
 
 
 def _keeps_bits(func: Any) -> bool:
     """Whether an op gives a row the same bits in any company."""
-    named = func.namespace == "aten" and func.overloadpacket.__name__ in COPIES | ROW_A_BLOCK
-    return named or func.is_view or torch.Tag.pointwise in func.tags
+    marked = func.namespace == "aten" and (func.is_view or torch.Tag.pointwise in func.tags)
+    return marked or _named(func, UNMARKED)
+
+
+def _drawn(func: Any) -> bool:
+    """Whether an op may draw random numbers."""
+    return torch.Tag.nondeterministic_seeded in func.tags
+
+
+def _rounds(tensor: torch.Tensor) -> bool:
+    """Whether what is computed with a tensor is rounded."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _exactly(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: bool) -> Any:
+    """An op over no tensors, or over integers, whose order doesn't matter unless floating-point numbers come of them."""
+    result = func(*args, **kwargs)
+    if given and any(map(_rounds, _tensors(result))):
+        raise _unknown(func)
+    return result
+
+
+def _unknown(func: Any) -> NotRowLocal:
+    return NotRowLocal(f"{func} is not known to give a row the same bits whatever the number of rows")
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """``x``, copied where it doesn't begin where vectors may."""
+    return x.clone() if x.data_ptr() % VECTOR_BYTES else x
 
 
 def _last_dimension(x: torch.Tensor, dim: list[int] | None, keepdim: bool = False, *, dtype: Any = None) -> bool:
@@ -114,7 +169,7 @@ def _last_dimension(x: torch.Tensor, dim: list[int] | None, keepdim: bool = Fals
 
 
 def _mean(x: torch.Tensor, dim: list[int], keepdim: bool = False, **_: Any) -> torch.Tensor:
-    _, mean, _ = aten.native_layer_norm(x, x.shape[-1:], None, None, 0.0)
+    _, mean, _ = aten.native_layer_norm(_aligned(x), x.shape[-1:], None, None, 0.0)
     return mean.to(x.dtype) if keepdim else mean.squeeze(-1).to(x.dtype)
 
 

@@ -20,7 +20,7 @@ from eagle.model.draft_config import TargetSpec
 from eagle.model.hf_seams import ForwardContext, ProbeLayer, TreeCacheLayer, serving
 from eagle.model.kv_cache import KVCache, LayerShape
 from eagle.model.ops import Ops
-from eagle.model.row_local import NotRowLocal, RowLocal
+from eagle.model.row_local import RowLocal
 from eagle.model.target_support import (
     cache_argument,
     check_attention_call,
@@ -31,9 +31,6 @@ from eagle.model.target_support import (
 
 if TYPE_CHECKING:
     from eagle.model.fused_target import FusedTarget
-
-PROBE_SLOTS = 64
-"""Cache slots of the pass in which `Target.check_row_local` watches the modules."""
 
 
 class Target:
@@ -95,8 +92,8 @@ class Target:
 
         tokens: [B, T]; kv_len: [B]; depths: [B, T] node depths with ``tree_words`` [B, T, W], or None for a causal
         chunk; slots: a bound the caller knows on the cache slots in use; logits_to_keep as in transformers; ops: the
-        table for this pass, or None for the model's; row_local: have the modules keep each row's bits (`RowLocal`), which
-        the fused route does as far as its ops do; raises what `check_row_local` does.
+        table for this pass, or None for the model's; row_local: have the modules keep each row's bits (`RowLocal`, which
+        raises NotRowLocal where they can't), as the fused route does wherever its ops do.
         """
         if self.fused is not None:
             rows = {"depths": depths, "tree_words": tree_words, "slots": slots}
@@ -106,7 +103,7 @@ class Target:
         positions = (kv_len[:, None] + offsets).clamp(max=self.context_length - 1)
         ops, watching = ops or self.ops, nullcontext()
         if row_local:
-            watching = RowLocal(ops.linear)
+            watching = RowLocal(ops.linear, self.model)
             ops = ops.replaced(attention=watching.apart(ops.attention), kv_append=watching.apart(ops.kv_append))
         context = ForwardContext(ops, kv_len, tree_words, cache.slots if slots is None else slots)
         taps: dict[int, torch.Tensor] = {}
@@ -121,20 +118,6 @@ class Target:
         keys = self.aux_layers or (-1,)
         features = torch.cat([taps[key].to(self.device) for key in keys], dim=-1)
         return logits.to(self.device), features
-
-    def check_row_local(self, ops: Ops) -> None:
-        """Run a tree of two nodes through the modules. Raises UnsupportedModelError, naming the op, where they do what may
-        not keep each row's bits, or multiply by weights that ``ops.linear`` does not take."""
-        tokens, depths = (torch.tensor([row], device=self.device) for row in ([0, 0], [0, 1]))
-        words = torch.tensor([[[1], [3]]], device=self.device)
-        kv_len = torch.zeros(1, dtype=torch.int64, device=self.device)
-        tree = {"depths": depths, "tree_words": words}
-        try:
-            self.forward(tokens, self.new_cache(1, PROBE_SLOTS), kv_len, **tree, ops=ops, row_local=True)
-        except NotRowLocal:
-            raise
-        except ValueError as error:
-            raise NotRowLocal(f"a product the kernels don't take: {error}") from error
 
     @contextmanager
     def _tapping(self, taps: dict[int, torch.Tensor]) -> Iterator[None]:

@@ -88,3 +88,8 @@ def context_length(config: PretrainedConfig) -> int:
             original = part.get("original_max_position_embeddings")
             limit = min(limit, original or getattr(config, "original_max_position_embeddings", None) or limit)
     return limit
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether the model is a mixture of experts, which transformers keeps in modules of that name."""
+    return any(name.rpartition(".")[2] == "experts" for name, _ in model.named_modules())

@@ -203,6 +203,13 @@ def products_by_kernel(ops: Ops) -> bool:
     return all(isinstance(getattr(ops, op), Served) for op in ("linear", "gate_up_swiglu", "linear_add_rms_norm"))
 
 
+def kernel_serves_attention(ops: Ops, layers: Iterable[LayerShape]) -> bool:
+    """Whether a kernel computes attention over layers of these shapes, so that a row's bits don't depend on where its keys
+    lie. Its bounds on rows don't count: they divide prompts."""
+    served, sizes = ops.attention, largest_heads(layers)
+    return isinstance(served, Served) and all(sizes.get(bound.size, 0) <= bound.most for bound in served.bounds)
+
+
 def report(ops: Ops, plan: Plan | None, sizes: Mapping[str, int]) -> list[Choice]:
     """What serves each entry of a table in a run of these sizes, and why. plan: the one in force, if any."""
     found: list[Choice] = []

@@ -16,7 +16,7 @@ from eagle.errors import InvalidInputError
 from eagle.model.ea_model import EaModel
 from eagle.model.ops import Ops
 from eagle.model.switch import Switch
-from eagle.model.triton_kernels.dispatch import Served, choose_ops, largest_heads
+from eagle.model.triton_kernels.dispatch import Served, choose_ops, kernel_serves_attention, largest_heads
 from eagle.model.triton_kernels.hardware import hardware
 from eagle.model.triton_kernels.selection import CASES, DTYPES, FLASH, OPS, Plan, check_names, from_environment
 from eagle.model.triton_kernels.tuned_table import tuned_linears
@@ -133,10 +133,12 @@ def plan_for(model: EaModel, kernels: str | None = None, overrides: Mapping[str,
 def _settled(settings: EngineSettings, model: EaModel, ops: Ops) -> EngineSettings:
     """The settings in force: on a CPU, and where no kernel serves, "auto" means as the model was loaded."""
     triton = any(isinstance(getattr(ops, op), Served) for op in OPS)
-    if not isinstance(ops.attention, Served):
+    if not kernel_serves_attention(ops, model.target.layer_shapes):
         if settings.exact is True:
+            size = largest_heads(model.target.layer_shapes)["head_size"]
             raise InvalidInputError(
-                f"exact is True, which needs the attention kernel, but no kernel serves attention ({model.device.type}); "
+                f"exact is True, which needs the attention kernel, but no kernel serves attention ({model.device.type}, "
+                f"head size {size}); "
                 + ("use 'auto', or let the kernels serve" if model.device.type == "cuda" else "use 'auto', or a GPU")
             )
         settings = replace(settings, exact=False)

@@ -1,0 +1,69 @@
+"""Trials of a target's modules: what differs from row to row is found, whatever the ops look like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from test_row_local import DEVICE, HAS_GPU, OPS
+from tiny import tiny_target
+
+from eagle.model import row_trial
+from eagle.model.row_local import NotRowLocal
+from eagle.model.row_trial import check_row_local, equal_rows, lone_rows
+from eagle.model.target import Target
+
+DTYPE = torch.float32 if HAS_GPU else torch.bfloat16
+"""A CPU's library sums the rows of a pass in several orders, which few digits hide."""
+
+
+def target(change: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Target:
+    """A tiny Llama; change: made to the output [B, T, hidden] of its last layer."""
+    model = tiny_target().to(DEVICE, DTYPE)
+    if change is not None:
+        model.model.layers[-1].register_forward_hook(lambda module, args, out: change(out))
+    return Target(model, OPS)
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 5, 64, 65])
+@pytest.mark.parametrize("trees", [1, 3])
+def test_rows_of_one_kind_are_equal_and_of_others_are_not(trees: int, nodes: int) -> None:
+    rows = lone_rows(target(), OPS, trees, nodes)
+    assert rows.shape[:2] == (trees, nodes)
+    for first in range(nodes):
+        for second in range(nodes):
+            same = torch.equal(rows[0, first], rows[-1, second])
+            assert same == (first % row_trial.KINDS == second % row_trial.KINDS)
+
+
+@pytest.mark.parametrize(("trees", "nodes"), [(1, 2), (1, 60), (4, 16), (1, 1)])
+def test_modules_that_keep_each_rows_bits_pass(trees: int, nodes: int) -> None:
+    check_row_local(target(), OPS, trees, nodes)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x + x.shape[1] % 2,
+        lambda x: x + (torch.arange(x.shape[1], device=x.device) == 59)[:, None],
+        lambda x: x + (torch.arange(x.shape[0], device=x.device) == 1)[:, None, None],
+        lambda x: torch.cat([x[:, :1], x[:, 1:] + 1], 1),
+    ],
+    ids=["number of rows", "last row", "second tree", "all but the first"],
+)
+def test_what_follows_from_other_rows_is_found(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    with pytest.raises(NotRowLocal, match="the bits of a row alone differ from those of its like among 2 × 60"):
+        check_row_local(target(change), OPS, 2, 60)
+
+
+def test_the_op_that_is_not_row_local_is_named() -> None:
+    with pytest.raises(NotRowLocal, match=r"aten\._softmax"):
+        check_row_local(target(lambda x: x.softmax(-1)), OPS)
+
+
+def test_bits_are_compared_and_not_numbers() -> None:
+    zeros = torch.tensor([[[0.0], [-0.0]]]).view(torch.uint8)
+    nan = torch.full((1, 4, 2), torch.nan).view(torch.uint8)
+    assert not equal_rows(zeros[:, [0, 0, 0, 1]], zeros[:, :1])
+    assert equal_rows(nan, nan[:, :1])
