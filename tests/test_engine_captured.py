@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 from tiny import tiny_draft, tiny_target
-from transformers import Gemma2Config, GPT2Config, LlamaConfig, Phi3Config, PretrainedConfig, Qwen2Config
+from transformers import Gemma2Config, GPT2Config, LlamaConfig, MixtralConfig, Phi3Config, PretrainedConfig, Qwen2Config
 
 from eagle.engine.steps import StaticSteps
 from eagle.errors import OutOfMemoryError
@@ -93,6 +93,18 @@ def test_other_modules_give_plain_output_too(config: type[PretrainedConfig], exa
         else:
             other = eagle.generate(ids, max_new_tokens=120, speculative=False)
         assert torch.equal(found, other)
+
+
+@pytest.mark.parametrize("exact", [True, "auto"], ids=str)
+def test_a_mixture_of_experts_is_captured(exact: bool | str) -> None:
+    """In 16 bits, where transformers' experts are one grouped product; its float32 copies to the host."""
+    eagle = build(torch.bfloat16, MixtralConfig, (60, 7, 10), num_local_experts=4, head_dim=16)
+    optimize_eagle_with_triton(eagle, engine="captured", exact=exact)
+    for length in (1, 70):
+        ids = prompt(1, length)
+        first = eagle.generate(ids, max_new_tokens=80)
+        assert torch.equal(eagle.generate(ids, max_new_tokens=80), first)
+    assert eagle._session.captures.steps()
 
 
 @pytest.mark.parametrize("fused", ["on", "off"])

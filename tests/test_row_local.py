@@ -134,7 +134,7 @@ SUMS = {
     "addmm": lambda x: torch.addmm(x[:, :4], x, x.t()),
     "addmm of a vector": lambda x: torch.addmm(x[0, :4], x, x.t()),
     "addmm with beta": lambda x: torch.addmm(x[0, :4], x, x.t(), beta=2.0),
-    "scaled_dot_product": lambda x: F.scaled_dot_product_attention(*(x[None, None],) * 3),
+    "(scaled_dot_product|bmm) of attention": lambda x: F.scaled_dot_product_attention(*(x[None, None],) * 3),
     "cumsum": lambda x: x.cumsum(0),
     "topk": lambda x: x.topk(2).values,
     "index_put": lambda x: x.index_put_((torch.tensor([0, 0], device=x.device),), x[:2].clone(), accumulate=True),
