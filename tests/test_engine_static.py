@@ -136,6 +136,7 @@ def test_a_fused_target_is_padded_only_where_a_library_multiplies(monkeypatch) -
     eagle.generate(prompts(5)[0], max_new_tokens=6)
     assert set(rows) == {ROW_TILE}
     monkeypatch.setattr(row_bits, "products_by_kernel", lambda ops: True)
+    monkeypatch.setattr(row_bits, "kernel_serves_attention", lambda ops, layers: True)
     assert "exact" not in eagle.kernel_report()[-2].reason
     rows.clear()
     eagle.generate(prompts(5)[0], max_new_tokens=6)
@@ -168,9 +169,12 @@ def test_a_large_targets_products_of_many_rows_are_the_librarys(exact, kept, mon
     assert found == kept
 
 
-def test_the_report_tells_what_is_padded() -> None:
+def test_the_report_tells_what_is_padded(monkeypatch) -> None:
     eagle = tiny_eagle(12, 2, 4)
     said = {}
+    eagle.configure_engine(EngineSettings(exact=True))
+    assert eagle.kernel_report()[-2].reason.endswith("; not exact: no kernel serves attention")
+    monkeypatch.setattr(row_bits, "kernel_serves_attention", lambda ops, layers: True)
     for exact in ("auto", True, False):
         eagle.configure_engine(EngineSettings(exact=exact))
         said[exact] = {choice.op: choice.reason for choice in eagle.kernel_report()}["step"]
@@ -183,6 +187,7 @@ def test_the_report_tells_what_a_large_target_leaves_to_the_library(monkeypatch)
     eagle = tiny_eagle(12, 2, 4)
     eagle.configure_engine(EngineSettings(fused="on", exact="auto"))
     monkeypatch.setattr(row_bits, "products_by_kernel", lambda ops: True)
+    monkeypatch.setattr(row_bits, "kernel_serves_attention", lambda ops, layers: True)
     told = "not exact: products of more than 256 rows"
     assert told not in eagle.kernel_report()[-2].reason
     monkeypatch.setattr(exactness, "favours_kernels", lambda width, dtype: False)

@@ -3,23 +3,26 @@ where a call's modules turn out otherwise."""
 
 from __future__ import annotations
 
+import threading
+from dataclasses import replace
+
 import pytest
 import torch
 from test_row_local import DEVICE, HAS_GPU, OPS
 from test_target import FAMILIES
 from tiny import tiny_draft, tiny_target
 
-from eagle.engine import captures, row_bits
+from eagle.engine import cache_store, captures, exactness, row_bits
 from eagle.engine.graphs import StaticStep
 from eagle.engine.session import Session
 from eagle.engine.state import Run
-from eagle.errors import OutOfMemoryError
+from eagle.errors import InvalidInputError, OutOfMemoryError
 from eagle.model import row_trial
 from eagle.model.ea_model import EaModel
 from eagle.model.ops import Ops
 from eagle.model.target import Target
 from eagle.model.torch_ops import TORCH_OPS
-from eagle.model.triton_kernels import optimize_eagle_with_triton
+from eagle.model.triton_kernels import optimize_eagle_with_triton, restore_eagle
 from eagle.model.triton_kernels.dispatch import Served
 from eagle.model.triton_kernels.integration import plan_for
 
@@ -46,13 +49,14 @@ class Engine:
 
         def tried(target: Target, ops: Ops, trees: int, nodes: int) -> None:
             self.trials.append((trees, nodes))
+            assert self.model._session._turns._owner is threading.current_thread(), "tried out of turn"
             before = len(self.passes)
             try:
                 row_trial.check_row_local(target, ops, trees, nodes)
             finally:
                 del self.passes[before:]
 
-        if not HAS_GPU:  # whose library sums the rows of a pass in several orders
+        if not HAS_GPU:  # a CPU's library sums the rows of a pass in several orders
             monkeypatch.setattr(row_trial, "equal_rows", lambda rows, alone: True)
         monkeypatch.setattr(row_bits, "check_row_local", tried)
         monkeypatch.setattr(self.model.target, "forward", watched)
@@ -97,7 +101,7 @@ def test_each_size_is_tried_once_and_before_it_is_captured(monkeypatch) -> None:
         alone = torch.cat([engine.generate()[0], engine.generate(speculative=False)[0]])
         together, passes = engine.generate(batch=3)  # captured for four
         assert passes == {(12, True)}
-    assert engine.trials == [(1, 12), (1, 1), (4, 12)]
+    assert engine.trials == [(1, 2), (1, 12), (1, 1), (4, 12)]
     assert torch.equal(alone[0], alone[1])
     assert torch.equal(together[0], alone[0])
 
@@ -153,16 +157,41 @@ def test_where_the_capture_fails_the_same_call_is_padded(monkeypatch) -> None:
         tree, passes = engine.generate(batch=3)
     assert passes == {(64, False)}
     assert torch.equal(tree[:1], before)
+    assert engine.model._session._store.kept(4) is None, "idle rows are for captured steps"
 
 
-def test_a_trial_that_fails_otherwise_is_reported(monkeypatch) -> None:
+def test_the_size_that_is_captured_is_the_size_that_is_tried(monkeypatch) -> None:
+    engine = Engine(monkeypatch, "llama")
+    monkeypatch.setattr(cache_store, "captured_rows", lambda batch: batch)  # as where a power of two does not fit
+    engine.generate(batch=3)
+    assert engine.trials == [(1, 2), (3, 12)]
+
+
+class OutOfResources(Exception):
+    """As Triton's: no more than an Exception."""
+
+
+@pytest.mark.parametrize("error", [TypeError, AssertionError, ImportError, OutOfResources, RuntimeError])
+def test_a_trial_that_fails_otherwise_is_reported(error: type[Exception], monkeypatch) -> None:
     def failing(*_):
-        raise TypeError("no such thing\nand more")
+        raise error("not allocated\nand more")
 
     engine = Engine(monkeypatch, "llama")
     monkeypatch.setattr(row_bits, "check_row_local", failing)
     assert engine.generate()[1] == {(64, False)}
-    assert "(a trial of its modules failed: TypeError: no such thing)" in engine.said()
+    assert f"(a trial of its modules failed: {error.__name__}: not allocated)" in engine.said()
+
+
+def test_a_users_mistake_is_no_refusal(monkeypatch) -> None:
+    def failing(*_):
+        raise InvalidInputError("one at a time")
+
+    engine = Engine(monkeypatch, "llama")
+    with monkeypatch.context() as patch:
+        patch.setattr(row_bits, "check_row_local", failing)
+        with pytest.raises(InvalidInputError, match="one at a time"):
+            engine.generate()
+    assert engine.generate()[1] == {(12, True)}
 
 
 def test_a_trial_that_runs_out_of_memory_says_so(monkeypatch) -> None:
@@ -174,13 +203,17 @@ def test_a_trial_that_runs_out_of_memory_says_so(monkeypatch) -> None:
         patch.setattr(row_bits, "check_row_local", failing)
         with pytest.raises(OutOfMemoryError, match="two rows"):
             engine.said()
+        with pytest.raises(OutOfMemoryError, match="two rows"):
+            _ = engine.model.library_products
         with pytest.raises(OutOfMemoryError, match="lower the tree"):
             engine.generate()
     assert engine.generate()[1] == {(12, True)}
 
 
-def test_a_report_may_be_asked_for_while_a_generation_is_open(monkeypatch) -> None:
-    engine = Engine(monkeypatch, "llama")
+@pytest.mark.parametrize("kernels", [True, False], ids=["by the kernels", "by the library"])
+def test_a_report_may_be_asked_for_while_a_generation_is_open(kernels: bool, monkeypatch) -> None:
+    engine = Engine(monkeypatch, "llama", "auto")
+    monkeypatch.setattr(exactness, "keeps_kernels", lambda *size: kernels)
     stream = engine.model.stream(torch.randint(29, (1, 5), device=DEVICE), max_new_tokens=8)
     next(stream)
     assert "own modules" in engine.said()
@@ -190,8 +223,17 @@ def test_a_report_may_be_asked_for_while_a_generation_is_open(monkeypatch) -> No
 def test_the_report_tells_how_modules_are_exact(monkeypatch) -> None:
     for exact in (True, "auto"):
         engine = Engine(monkeypatch, "llama", exact)
-        assert engine.said().endswith("; exact: the kernels compute the products of the target's own modules")
+        said = "; exact: the kernels compute the products of the target's own modules (tried on 1 × 2 rows)"
+        assert engine.said().endswith(said)
         assert engine.trials == [(1, 2)]
+        engine.generate()
+        assert engine.said().endswith("(tried on 1 × 2, 1 × 12 rows)")
+        own = engine.model.ops
+        restore_eagle(engine.model, {"attention": TORCH_OPS.attention})
+        assert engine.said().endswith("; not exact: no kernel serves attention")
+        assert engine.model.library_products
+        assert engine.generate()[1] == {(64 if exact is True else 12, False)}
+        engine.model.ops = own
     tiles, tenth = "every pass in whole tiles of 64 rows", "where that takes at most a tenth longer"
     assert f"exact but for products of experts: {tiles} (aten._softmax" in Engine(monkeypatch, "mixtral").said()
     assert f"exact: {tiles} {tenth} (a product the kernels don't" in Engine(monkeypatch, "gpt2", "auto").said()
@@ -199,10 +241,30 @@ def test_the_report_tells_how_modules_are_exact(monkeypatch) -> None:
     assert "exact" not in Engine(monkeypatch, "llama", False).said()
 
 
-def test_modules_are_looked_at_anew_when_they_change(monkeypatch) -> None:
+def test_modules_are_tried_anew_when_they_change(monkeypatch) -> None:
     engine = Engine(monkeypatch, "llama")
-    assert not engine.model.library_products
+    assert engine.generate()[1] == {(12, True)}
     norm = engine.model.base_model.model.norm
-    norm.register_forward_hook(lambda module, args, out: out.softmax(-1))
-    engine.generate()
+    hook = norm.register_forward_hook(lambda module, args, out: softmax(out))
+    assert engine.generate()[1] == {(64, False)}
     assert engine.model.library_products
+    hook.remove()
+    assert engine.generate()[1] == {(12, True)}
+    assert not engine.model.library_products
+
+
+def test_modules_are_tried_anew_with_other_ops(monkeypatch) -> None:
+    def refusing(x: torch.Tensor, *given, **options):
+        if x.dim() == 2:  # of the target's modules; the head's have a batch
+            raise ValueError("no weights today")
+        return OPS.linear(x, *given, **options)
+
+    engine = Engine(monkeypatch, "llama")
+    assert engine.generate()[1] == {(12, True)}
+    own = engine.model.ops
+    engine.model.ops = own.replaced(linear=replace(own.linear, kernel=refusing))
+    assert "a product the kernels don't take: no weights today" in engine.said()
+    assert engine.generate()[1] == {(64, False)}
+    engine.model.ops = own
+    assert "own modules (tried on 1 × 2 rows)" in engine.said()
+    assert engine.generate()[1] == {(12, True)}

@@ -55,9 +55,9 @@ def test_which_families_are_row_local(family: str, inference: bool, dtype: torch
     with torch.inference_mode(inference):
         if family in REFUSED:
             with pytest.raises(NotRowLocal, match=REFUSED[family]):
-                lone_rows(target, OPS, 1, 2)
+                lone_rows(target, OPS, 1, torch.arange(2))
             return
-        lone_rows(target, OPS, 2, 3)
+        lone_rows(target, OPS, 2, torch.arange(3))
         tokens = torch.randint(29, (5,)).tolist()
         own, found = (tree_pass(target, tokens, row_local=row_local) for row_local in (False, True))
     assert relative_error(found, own) < (1e-5 if dtype == torch.float32 else 2e-2)
@@ -146,6 +146,7 @@ SUMS = {
     "rand": lambda x: x + torch.rand(6, device=x.device),
     "bernoulli": lambda x: torch.bernoulli(x.abs().clamp(max=1)),
     "(bernoulli_|native_dropout)": lambda x: F.dropout(x, 0.5),
+    "native_layer_norm over rows": lambda x: F.layer_norm(x, x.shape),
     "flip": lambda x: x.flip(0),
     "roll": lambda x: x.roll(1, 0),
 }

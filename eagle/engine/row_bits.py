@@ -18,7 +18,10 @@ from eagle.model.row_local import NotRowLocal
 from eagle.model.row_trial import check_row_local
 from eagle.model.target import Target
 from eagle.model.target_support import has_experts
-from eagle.model.triton_kernels.dispatch import decoding_ops, products_by_kernel
+from eagle.model.triton_kernels.dispatch import decoding_ops, kernel_serves_attention, products_by_kernel
+
+SMALL = (1, 2)
+"""Trees and nodes of a trial that no pass asks for."""
 
 
 @dataclass(frozen=True)
@@ -47,37 +50,32 @@ class RowBits:
         self._refusal = None
 
     def library_products(self, settings: EngineSettings, replays: bool) -> bool:
-        """Whether a library computes products of the target, whose order of sums follows from the number of rows."""
+        """Whether a library computes products of the target, whose order of sums follows from the number of rows, or
+        where keys lie."""
         if self.target.fused is not None:
-            return not products_by_kernel(self.target.ops)
+            return not self._all_by_kernel
         return not self.watches(settings, replays) or self.refusal() is not None
 
-    def passes(
-        self,
-        settings: EngineSettings,
-        replays: bool,
-        nodes: int,
-        trees: int,
-        told: Callable[[str], None] | None = None,
-    ) -> Passes:
+    def passes(self, settings: EngineSettings, replays: bool, nodes: int, trees: int) -> Passes:
         """The passes of a call over ``trees`` trees of ``nodes`` nodes, 1 for plain decoding. replays: whether its steps
-        are captured; told: as in `Session`."""
+        are captured. Those that are row-local are to be tried in their size (`refusal`)."""
         ops, size = self.target.ops, (nodes, trees, *self._size)
         auto = settings.exact == "auto"
         kernels = exactness.keeps_kernels(*size) if auto else bool(settings.exact)
         padded = exactness.pads(*size) if auto else bool(settings.exact)
-        watched = kernels and self.watches(settings, replays)
-        row_local = watched and self.refusal((trees, nodes), told) is None
+        library = self.library_products(settings, replays)
         return Passes(
             ops=decoding_ops(ops) if kernels else ops,
-            row_local=row_local,
-            pad_rows=padded and not row_local and self.library_products(settings, replays),
+            row_local=kernels and not library and self.target.fused is None,
+            pad_rows=padded and library,
         )
 
     def words(self, settings: EngineSettings, replays: bool) -> list[str]:
         """Where a row's bits depend on nothing else, or don't: nothing where that follows from the kernels."""
         if not settings.exact:
             return []
+        if not self._attention_by_kernel:
+            return ["not exact: no kernel serves attention"]
         auto, words = settings.exact == "auto", []
         if self.library_products(settings, replays):
             where = " where that takes at most a tenth longer" if auto else ""
@@ -85,7 +83,8 @@ class RowBits:
             why = f" ({self._why_library(settings, replays)})"
             return [f"exact{but}: every pass in whole tiles of {ROW_TILE} rows{where}{why}"]
         if self.target.fused is None:
-            words.append("exact: the kernels compute the products of the target's own modules")
+            sizes = ", ".join(f"{trees} × {nodes}" for trees, nodes in sorted(self._tried))
+            words.append(f"exact: the kernels compute the products of the target's own modules (tried on {sizes} rows)")
         if auto and not exactness.favours_kernels(*self._size):
             most = exactness.KERNEL_ROWS
             words.append(f"not exact: products of more than {most} rows, where the library serves them")
@@ -95,25 +94,25 @@ class RowBits:
         """Whether the target runs its own modules, and these row by row unless there is a `refusal`. Only under capture is
         that free: launched one by one, the ops of 30 layers took 51 ms of Python's time in place of 14 (2-core machine),
         where padding takes none."""
-        own = self.target.fused is None and products_by_kernel(self.target.ops)
-        return own and bool(settings.exact) and replays
+        return self.target.fused is None and self._all_by_kernel and bool(settings.exact) and replays
 
     @property
     def tried(self) -> bool:
         """Whether there is an answer of `refusal` for the present ops."""
-        return self._refusal is not None or (bool(self._tried) and self._ops is decoding_ops(self.target.ops))
+        known = bool(self._tried) or self._refusal is not None
+        return known and self._ops is decoding_ops(self.target.ops)
 
     def refusal(self, size: tuple[int, int] | None = None, told: Callable[[str], None] | None = None) -> str | None:
         """Why the target's modules can't run row by row; None where they can. size: trees and nodes of a pass to come,
-        which is tried once; None asks for what is known, or tries a small one. A refusal holds for all sizes: EAGLE's
-        passes and plain decoding's must be of one kind."""
+        which is tried once; None asks for what is known, or tries a small one. told: as in `Session`. A refusal holds for
+        all sizes: EAGLE's passes and plain decoding's must be of one kind."""
         ops = decoding_ops(self.target.ops)
         if ops is not self._ops:
             self.forget()
             self._ops = ops
         untried = size not in self._tried if size else not self._tried
         if untried and self._refusal is None:
-            trees, nodes = size or (1, 2)
+            trees, nodes = size or SMALL
             if told is not None:
                 told(f"trying the target's modules on {trees} × {nodes} rows")
             self._refusal = self._trial(ops, trees, nodes)
@@ -133,7 +132,7 @@ class RowBits:
             return str(error)
         except EagleError:
             raise
-        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        except Exception as error:  # what is not the trial's own, the passes that follow raise again
             if isinstance(error, RuntimeError) and is_out_of_memory(error):
                 raise
             reason = next(iter(str(error).strip().splitlines()), "")
@@ -144,9 +143,18 @@ class RowBits:
         """Why a library computes products of a target."""
         if self.watches(settings, replays):
             return str(self.refusal())
-        if not products_by_kernel(self.target.ops):
+        if not self._all_by_kernel:
             return "the kernels don't compute all its products"
         return "the kernels take the products of its own modules in captured steps alone"
+
+    @property
+    def _attention_by_kernel(self) -> bool:
+        return kernel_serves_attention(self.target.ops, self.target.layer_shapes)
+
+    @property
+    def _all_by_kernel(self) -> bool:
+        """Whether kernels compute all products of the target, where its modules let them."""
+        return products_by_kernel(self.target.ops) and self._attention_by_kernel
 
     @property
     def _size(self) -> tuple[int, torch.dtype]:

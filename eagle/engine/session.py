@@ -103,7 +103,7 @@ class Session:
         nodes, batch = call.shape.total_token if call.speculative else 1, len(call.prompts)
         replays = self.replays
         trees = captured_rows(batch) if replays else batch
-        return self._bits.passes(self.settings, replays, nodes, trees, self.told)
+        return self._bits.passes(self.settings, replays, nodes, trees)
 
     def exclusive(self) -> AbstractContextManager[None]:
         """Wait for this model's turn to change something; may be nested. Raises InvalidInputError where this thread has a
@@ -176,12 +176,14 @@ class Session:
     def _begun(
         self, call: Call, passes: Passes, stats: GenerationStats
     ) -> Generator[list[list[int]], None, None] | None:
-        """The call's prefill and steps, with their caches allocated and what can be captured captured; None where the
-        step turned out not to be."""
+        """The call's prefill and steps, with their caches allocated and what can be captured captured; None where its
+        passes turned out not to be as chosen."""
         batch, captured, required = len(call.prompts), self.replays, self.settings.engine == "captured"
         in_turns = captured and batch > 1 and self.captures.prefill_reason is None
         demand = Demand(batch, call.slots(passes.pad_rows), call.shape, passes.pad_rows, captured, in_turns)
         run, reused = self._run(call, passes, demand, self._common_prefix(call.prompts) if call.reuse_prefix else 0)
+        if passes.row_local and self._bits.refusal((run.caches.target.batch, run.nodes), self.told) is not None:
+            return None
         static = self.captures.step(run, stats, self.told, required=required) if captured else None
         chunks = None
         if captured:

@@ -99,7 +99,7 @@ class RowLocal(TorchDispatchMode):
         if not _drawn(func):
             if _keeps_bits(func):
                 return func(*args, **kwargs)
-            if _named(func, ROW_A_BLOCK):
+            if _named(func, ROW_A_BLOCK) and len(args[1]) == 1:
                 return func(_aligned(args[0]), *args[1:], **kwargs)
             if not any(map(_rounds, tensors)):
                 return _exactly(func, args, kwargs, bool(tensors))
@@ -165,7 +165,7 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
 
 
 def _last_dimension(x: torch.Tensor, dim: list[int] | None, keepdim: bool = False, *, dtype: Any = None) -> bool:
-    return dim is not None and list(dim) in ([-1], [x.dim() - 1]) and dtype in (None, x.dtype)
+    return dim is not None and x.dim() > 0 and list(dim) in ([-1], [x.dim() - 1]) and dtype in (None, x.dtype)
 
 
 def _mean(x: torch.Tensor, dim: list[int], keepdim: bool = False, **_: Any) -> torch.Tensor:

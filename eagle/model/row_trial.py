@@ -18,21 +18,29 @@ KINDS = 3
 
 
 def check_row_local(target: Target, ops: Ops, trees: int = 1, nodes: int = 2) -> None:
-    """Run ``trees`` trees of ``nodes`` nodes through the modules, and a single node.
+    """Run ``trees`` trees of ``nodes`` nodes through the modules, and each kind of node by itself.
 
     Raises NotRowLocal, naming the op, where they do what may not keep each row's bits, multiply by weights that
     ``ops.linear`` does not take, or give equal rows other bits; and what the modules raise themselves.
     """
-    if not equal_rows(lone_rows(target, ops, trees, nodes), lone_rows(target, ops, 1, 1)):
-        raise NotRowLocal(f"the bits of a row alone differ from those of its like among {trees} × {nodes}")
+    kinds = torch.arange(nodes) % KINDS
+    rows = lone_rows(target, ops, trees, kinds)
+    for kind in range(min(KINDS, nodes)):
+        alone = lone_rows(target, ops, 1, torch.tensor([kind]))
+        if not equal_rows(rows[:, kinds == kind], alone):
+            raise NotRowLocal(f"the bits of a row alone differ from those of its like among {trees} × {nodes}")
 
 
-def lone_rows(target: Target, ops: Ops, trees: int, nodes: int) -> torch.Tensor:
-    """The bits [trees, nodes, bytes] of logits and features of nodes that see nothing but themselves, `KINDS` by turns."""
-    device, row = target.device, torch.arange(nodes)
-    kind, words = row % KINDS, torch.zeros(nodes, -(-nodes // WORD_BITS), dtype=torch.int64)
+def lone_rows(target: Target, ops: Ops, trees: int, kinds: torch.Tensor) -> torch.Tensor:
+    """The bits [trees, nodes, bytes] of logits and features of nodes that see nothing but themselves.
+
+    kinds: [nodes] int64 on the CPU, which token at which position each is.
+    """
+    device, nodes, vocabulary = target.device, len(kinds), target.spec.vocab_size
+    row, words = torch.arange(nodes), torch.zeros(nodes, -(-nodes // WORD_BITS), dtype=torch.int64)
     words[row, row // WORD_BITS] = torch.ones_like(row) << row % WORD_BITS
-    tokens, depths, words = (part.to(device).repeat(trees, *(1,) * part.dim()) for part in (kind, kind + 1, words))
+    tokens = (kinds + 1) * vocabulary // (KINDS + 1)  # the first may be padding, whose embedding is zero
+    tokens, depths, words = (part.to(device).repeat(trees, *(1,) * part.dim()) for part in (tokens, kinds + 1, words))
     kv_len = torch.zeros(trees, dtype=torch.int64, device=device)
     cache = target.new_cache(trees, -(-nodes // WORD_BITS) * WORD_BITS)
     tree = {"depths": depths, "tree_words": words}
@@ -41,8 +49,5 @@ def lone_rows(target: Target, ops: Ops, trees: int, nodes: int) -> torch.Tensor:
 
 
 def equal_rows(rows: torch.Tensor, alone: torch.Tensor) -> bool:
-    """Whether all rows of a kind have the same bits, and those of the first kind the bits of ``alone`` [1, 1, bytes]."""
-    if not torch.equal(rows[0, 0], alone[0, 0]):
-        return False
-    kinds = (rows[:, kind::KINDS] for kind in range(min(KINDS, rows.shape[1])))
-    return all(torch.equal(same, same[:1, :1].expand_as(same)) for same in kinds)
+    """Whether all ``rows`` [trees, nodes, bytes] have the bits of ``alone`` [1, 1, bytes]."""
+    return torch.equal(rows, alone.expand_as(rows))

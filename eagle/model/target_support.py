@@ -91,5 +91,6 @@ def context_length(config: PretrainedConfig) -> int:
 
 
 def has_experts(model: nn.Module) -> bool:
-    """Whether the model is a mixture of experts, which transformers keeps in modules of that name."""
-    return any(name.rpartition(".")[2] == "experts" for name, _ in model.named_modules())
+    """Whether the model is a mixture of experts: transformers calls their module so, or its class."""
+    named = model.named_modules()
+    return any(name.rpartition(".")[2] == "experts" or "moe" in type(module).__name__.lower() for name, module in named)
