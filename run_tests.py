@@ -2,7 +2,7 @@
 """Run the tests; arguments go to pytest, and its exit code comes back.
 
 With --detailed-report: run the kernels' tests and then `eagle bench kernels`, which gets the arguments after `--`. A red
-test means that no timing is reported, and exit code 1.
+test means that no timing is reported, and exit code 1; where no test could run, pytest's exit code comes back.
 
 Where this interpreter lacks a package that the tests need, a virtual environment `.venv` is made beside this file and
 the project is installed in it with its `test` extra, by pip as it is configured. Needs only the standard library.
@@ -25,6 +25,8 @@ REPORT = "--detailed-report"
 KERNEL_TESTS = "test_triton_*.py"
 MODULES = ("torch", "transformers", "safetensors", "huggingface_hub", "gguf", "accelerate", "filelock", "platformdirs")
 MODULES += ("rich", "typer", "pytest", "pytest_timeout", "xdist", "hypothesis", "scipy", "matplotlib")
+NOT_RUN = {4: "pytest does not take these arguments (the report's go after --)", 5: "no test was chosen"}
+"""Exit codes of pytest where no test has run."""
 FIND_MISSING = "import importlib.util as u, sys; print(*[m for m in sys.argv[1:] if u.find_spec(m) is None])"
 SEES_GPU = "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 1)"
 
@@ -120,9 +122,9 @@ def detailed_report(python: str, arguments: list[str], environment: dict[str, st
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     tests = sorted(str(path.relative_to(HERE)) for path in (HERE / "tests").glob(KERNEL_TESTS))
     command = [python, "-m", "pytest", *side_by_side(arguments[:cut]), *tests, *arguments[:cut]]
-    if subprocess.run(command, cwd=HERE, env=environment, check=False).returncode:
-        print("error: a test is red, so no timing is reported", file=sys.stderr)
-        return 1
+    if code := subprocess.run(command, cwd=HERE, env=environment, check=False).returncode:
+        print(f"error: {NOT_RUN.get(code, 'a test is red')}, so no timing is reported", file=sys.stderr)
+        return code if code in NOT_RUN else 1
     command = [python, "-m", "eagle.cli", "bench", "kernels", *arguments[cut + 1 :]]
     return subprocess.run(command, cwd=HERE, env=environment, check=False).returncode
 

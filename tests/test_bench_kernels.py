@@ -557,8 +557,11 @@ def load_run_tests():
     return module
 
 
-@pytest.mark.parametrize(("tests_code", "expected"), [(0, 3), (1, 1), (5, 1)])
-def test_detailed_report_runs_tests_first(monkeypatch, capsys, tests_code, expected):
+@pytest.mark.parametrize(
+    ("tests_code", "expected", "said"),
+    [(0, 3, ""), (1, 1, "a test is red"), (2, 1, "a test is red"), (4, 4, "go after --"), (5, 5, "no test was chosen")],
+)
+def test_detailed_report_runs_tests_first(monkeypatch, capsys, tests_code, expected, said):
     run_tests, commands = load_run_tests(), []
 
     def run(command, **_named):
@@ -575,6 +578,8 @@ def test_detailed_report_runs_tests_first(monkeypatch, capsys, tests_code, expec
     reports = [command for command in commands if "bench" in command]
     if tests_code:
         assert reports == []
-        assert "no timing is reported" in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert said in told
+        assert told.endswith(", so no timing is reported\n")
     else:
         assert reports == [[sys.executable, "-m", "eagle.cli", "bench", "kernels", "--quick"]]

@@ -226,6 +226,14 @@ def test_doctor_names_a_wheel_that_is_no_file(capsys, monkeypatch, tmp_path):
     assert "EAGLE_SMOLLM2_WHEEL is '/nope.whl', which is no file" in " ".join(capsys.readouterr().out.split())
 
 
+def test_doctor_names_a_table_that_is_no_file(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("EAGLE_CACHE", str(tmp_path))
+    monkeypatch.setenv("EAGLE_TUNED", "/nope.json")
+    fatal = torch.cuda.is_available()  # elsewhere nothing reads it
+    assert cli.main(["doctor"]) == int(fatal)
+    assert "/nope.json" in capsys.readouterr().out
+
+
 def test_a_bug_is_not_dressed_up_as_a_mistake(monkeypatch, pair):
     monkeypatch.setattr(generate, "encode_prompt", _raising(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):

@@ -207,8 +207,11 @@ def test_a_weight_of_another_class_is_refused() -> None:
 
 def test_a_bias_that_is_no_weight_is_refused() -> None:
     layer, x = torch.nn.Linear(6, 6), torch.randn(6, 6)
-    with torch.no_grad(), RowLocal(F.linear, layer), pytest.raises(NotRowLocal, match=r"aten\.addmm"):
-        F.linear(x, layer.weight, x[0])
+    with torch.no_grad(), RowLocal(F.linear, layer):
+        with pytest.raises(NotRowLocal, match=r"aten\.addmm"):
+            F.linear(x, layer.weight, x[0])
+        with pytest.raises(NotRowLocal, match=r"aten\.addmm"):
+            torch.addmm(layer.bias, x, layer.weight.t(), beta=2.0)
 
 
 @pytest.mark.parametrize(

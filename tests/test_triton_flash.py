@@ -150,19 +150,24 @@ def test_auto_takes_it_for_prompts_where_nobody_has_measured(monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("change", "dtype", "words"),
+    ("change", "dtype", "words", "others"),
     [
-        ({"flash": None}, BF16, "is not installed"),
-        ({"flash": replace(PACKAGE, problem="undefined symbol")}, BF16, "can't be used: undefined symbol"),
-        ({"capability": (7, 5)}, FP16, "compute capability 7.5"),
-        ({"kind": "cpu", "name": "cpu"}, FP16, "NVIDIA GPU, not cpu"),
-        ({"interpreted": True}, FP16, "TRITON_INTERPRET"),
-        ({"triton": None}, FP16, "triton is not installed"),
-        ({}, FP32, "takes float16 and bfloat16, not float32"),
+        ({"flash": None}, BF16, "is not installed", "auto, torch or triton"),
+        (
+            {"flash": replace(PACKAGE, problem="undefined symbol")},
+            BF16,
+            "can't be used: undefined symbol",
+            "auto, torch or triton",
+        ),
+        ({"capability": (7, 5)}, FP16, "compute capability 7.5", "auto, torch or triton"),
+        ({"kind": "cpu", "name": "cpu"}, FP16, "NVIDIA GPU, not cpu", "auto or torch"),
+        ({"interpreted": True}, FP16, "TRITON_INTERPRET", "auto, torch or triton"),
+        ({"triton": None}, FP16, "triton is not installed", "auto or torch"),
+        ({}, FP32, "takes float16 and bfloat16, not float32", "auto, torch or triton"),
     ],
 )
-def test_asking_for_what_cannot_serve_is_an_error(change: dict, dtype: torch.dtype, words: str) -> None:
-    with pytest.raises(InvalidInputError, match=rf"asks for flash.*{words}.*use auto, torch or triton"):
+def test_asking_for_what_cannot_serve_is_an_error(change: dict, dtype: torch.dtype, words: str, others: str) -> None:
+    with pytest.raises(InvalidInputError, match=rf"asks for flash.*{words}.*use {others}$"):
         choose("attention", dtype, DECODE, replace(GPU, **change), "auto", ASKED)
     with pytest.raises(InvalidInputError, match="asks for flash"):
         choose_ops(Plan(replace(GPU, **change), dtype, "triton", ASKED))

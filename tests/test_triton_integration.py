@@ -248,8 +248,8 @@ def test_exact_is_auto_where_kernels_serve_and_as_loaded_elsewhere(model):
         with pytest.raises(InvalidInputError, match="exact is True, which needs the attention kernel"):
             optimize_eagle_with_triton(model, **others, exact=True)
         assert (model.engine, model.ops) == before
-    advice = "let the kernels serve" if DEVICE == "cuda" else "a GPU"
-    advice = rf"\({DEVICE}, head size \d+\); use 'auto', or {advice}"
+    advice = "let the kernels serve" if DEVICE == "cuda" else "use a GPU"
+    advice = rf"\({DEVICE}, head size \d+\); leave it out, or {advice}"
     with pytest.raises(InvalidInputError, match=f"no kernel serves attention {advice}"):
         optimize_eagle_with_triton(model, kernels="torch", exact=True)
     with pytest.raises(InvalidInputError, match="exact is 'yes'; expected True, False or 'auto'"):

@@ -18,7 +18,7 @@ from eagle.commands.bench_roofline import roofline
 from eagle.commands.bench_step import step
 from eagle.commands.bench_sweep import sweep
 from eagle.commands.console import device_name, note, open_model
-from eagle.commands.measuring import progress, settings
+from eagle.commands.measuring import SLOW_ON_CPU, progress, settings
 from eagle.commands.options import (
     MODEL_DEFAULT,
     PAPER_TREE,
@@ -81,10 +81,13 @@ def accept(
     tokenizer = loaded.get_tokenizer()
     raw = not has_template(tokenizer)
     note(*notes, *([NO_TEMPLATE] if raw else []))
+    if loaded.device.type == "cpu":
+        note(SLOW_ON_CPU)
     if batch is None:
         batch = 1 if loaded.device.type == "cpu" else GPU_BATCH
     done = 0
     with progress("prompts") as told:
+        told("EAGLE and plain", done, len(chosen))
 
         def advance(count: int) -> None:
             nonlocal done

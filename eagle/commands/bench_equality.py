@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from eagle.commands.console import choose_tree
-from eagle.commands.measuring import check_counts, dtype_name, headline, open_for_bench
+from eagle.commands.console import choose_tree, note
+from eagle.commands.measuring import SLOW_ON_CPU, check_counts, dtype_name, headline, open_for_bench
 from eagle.commands.options import (
     MODEL_DEFAULT,
     PAPER_TREE,
@@ -104,6 +104,8 @@ def equality(
         from eagle.model.ops import TreeShape
         from eagle.model.triton_kernels import optimize_eagle_with_triton
 
+        if loaded.device.type == "cpu":
+            note(SLOW_ON_CPU)
         optimize_eagle_with_triton(
             loaded,
             kernels=kernels.value,

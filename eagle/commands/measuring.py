@@ -31,6 +31,11 @@ NEEDS_GPU = "eagle bench {} needs a CUDA device, and this process sees none; eag
 
 NO_GPU = "no GPU: these are the figures of a CPU, which say little about a GPU's"
 
+SLOW_ON_CPU = (
+    "no GPU: a pass over a tree takes several times one over a token; fewer prompts (--limit), tokens (-n) or nodes "
+    "(--tree) make this shorter"
+)
+
 
 def open_for_bench(name: str, draft: str | None, tree: str, dtype: Dtype) -> EaModel:
     """Load a pair to measure, with the notes a user needs. Raises what `load_for_bench` raises."""

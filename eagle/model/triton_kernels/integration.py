@@ -139,7 +139,7 @@ def _settled(settings: EngineSettings, model: EaModel, ops: Ops) -> EngineSettin
             raise InvalidInputError(
                 f"exact is True, which needs the attention kernel, but no kernel serves attention ({model.device.type}, "
                 f"head size {size}); "
-                + ("use 'auto', or let the kernels serve" if model.device.type == "cuda" else "use 'auto', or a GPU")
+                "leave it out, or " + ("let the kernels serve" if model.device.type == "cuda" else "use a GPU")
             )
         settings = replace(settings, exact=False)
     if triton and model.device.type == "cuda":

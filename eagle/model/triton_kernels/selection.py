@@ -152,9 +152,8 @@ def choose(
     if wanted == "torch":
         return Choice(op, plain, f"as asked{' for this op' if op in overrides else ''}")
     if wanted == FLASH and (lacking := flash_lacks(dtype, hardware)) is not None:
-        raise InvalidInputError(
-            f"{VARIABLE}_ATTENTION or overrides asks for flash, but {lacking}; use auto, torch or triton"
-        )
+        others = "auto, torch or triton" if unable(hardware) is None else "auto or torch"
+        raise InvalidInputError(f"{VARIABLE}_ATTENTION or overrides asks for flash, but {lacking}; use {others}")
     missing = unable(hardware)
     if wanted == "triton" and missing is not None:
         asked = f"{VARIABLE}_{op.upper()} or overrides" if op in overrides else f"kernels (--kernels, {VARIABLE})"
