@@ -25,7 +25,7 @@ REPORT = "--detailed-report"
 KERNEL_TESTS = "test_triton_*.py"
 MODULES = ("torch", "transformers", "safetensors", "huggingface_hub", "gguf", "accelerate", "filelock", "platformdirs")
 MODULES += ("rich", "typer", "pytest", "pytest_timeout", "xdist", "hypothesis", "scipy", "matplotlib")
-NOT_RUN = {4: "pytest does not take these arguments (the report's go after --)", 5: "no test was chosen"}
+NOT_RUN = {4: "pytest could not begin (arguments of the report go after --)", 5: "no test was chosen"}
 """Exit codes of pytest where no test has run."""
 FIND_MISSING = "import importlib.util as u, sys; print(*[m for m in sys.argv[1:] if u.find_spec(m) is None])"
 SEES_GPU = "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 1)"

@@ -55,9 +55,9 @@ def test_which_families_are_row_local(family: str, inference: bool, dtype: torch
     with torch.inference_mode(inference):
         if family in REFUSED:
             with pytest.raises(NotRowLocal, match=REFUSED[family]):
-                lone_rows(target, OPS, 1, torch.arange(2))
+                lone_rows(target, OPS, torch.arange(2)[None])
             return
-        lone_rows(target, OPS, 2, torch.arange(3))
+        lone_rows(target, OPS, torch.arange(6).view(2, 3) % 3)
         tokens = torch.randint(29, (5,)).tolist()
         own, found = (tree_pass(target, tokens, row_local=row_local) for row_local in (False, True))
     assert relative_error(found, own) < (1e-5 if dtype == torch.float32 else 2e-2)

@@ -28,19 +28,19 @@ def target(change: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Targ
 @pytest.mark.parametrize("nodes", [1, 2, 5, 64, 65])
 @pytest.mark.parametrize("trees", [1, 3])
 def test_rows_of_one_kind_are_equal_and_of_others_are_not(trees: int, nodes: int) -> None:
-    kinds = torch.arange(nodes) % 3
-    rows = lone_rows(target(), OPS, trees, kinds)
+    kinds = torch.randint(3, (trees, nodes))
+    rows = lone_rows(target(), OPS, kinds)
     assert rows.shape[:2] == (trees, nodes)
     for first in range(nodes):
         for second in range(nodes):
-            assert torch.equal(rows[0, first], rows[-1, second]) == (kinds[first] == kinds[second])
+            assert torch.equal(rows[0, first], rows[-1, second]) == (kinds[0, first] == kinds[-1, second])
 
 
 def test_kinds_differ_in_token_and_position(monkeypatch) -> None:
     trial, seen = target(), []
     forward = trial.model.forward
     monkeypatch.setattr(trial.model, "forward", lambda **given: (seen.append(given), forward(**given))[1])
-    lone_rows(trial, OPS, 2, torch.tensor([0, 1, 2, 0]))
+    lone_rows(trial, OPS, torch.tensor([[0, 1, 2, 0]] * 2))
     for given in (seen[0]["input_ids"], seen[0]["position_ids"]):
         first, second, third, again = given[0].tolist()
         assert len({first, second, third}) == 3
@@ -67,10 +67,21 @@ def test_modules_that_keep_each_rows_bits_pass(trees: int, nodes: int) -> None:
         lambda x: x + (torch.arange(x.shape[1], device=x.device) == 59)[:, None],
         lambda x: x + (torch.arange(x.shape[0], device=x.device) == 1)[:, None, None],
         lambda x: torch.cat([x[:, :1], x[:, 1:] + 1], 1),
+        lambda x: x[:1].expand_as(x),
+        lambda x: torch.cat([x[1:], x[:1]]),
         lambda x: x + (x.shape[1] > 1) * (torch.arange(x.shape[1], device=x.device) % 3 == 1)[:, None],
         lambda x: x + (x.shape[1] > 1) * (torch.arange(x.shape[1], device=x.device) % 3 == 2)[:, None],
     ],
-    ids=["number of rows", "last row", "second tree", "all but the first", "a second kind", "a third kind"],
+    ids=[
+        "number of rows",
+        "last row",
+        "second tree",
+        "all but the first",
+        "the first tree's",
+        "another tree's",
+        "a second kind",
+        "a third kind",
+    ],
 )
 def test_what_follows_from_other_rows_is_found(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     with pytest.raises(NotRowLocal, match="the bits of a row alone differ from those of its like among 2 × 60"):
@@ -83,7 +94,7 @@ def test_the_op_that_is_not_row_local_is_named() -> None:
 
 
 def test_bits_are_compared_and_not_numbers() -> None:
-    zeros = torch.tensor([[[0.0], [0.0], [-0.0]]]).view(torch.uint8)
-    nan = torch.full((1, 4, 2), torch.nan).view(torch.uint8)
-    assert not equal_rows(zeros, zeros[:, :1])
-    assert equal_rows(nan, nan[:, :1])
+    zeros = torch.tensor([[0.0], [0.0], [-0.0]]).view(torch.uint8)
+    nan = torch.full((4, 2), torch.nan).view(torch.uint8)
+    assert not equal_rows(zeros, zeros[:1])
+    assert equal_rows(nan, nan[:1])

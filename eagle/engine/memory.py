@@ -115,4 +115,4 @@ def roomy_slots(
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """torch.OutOfMemoryError on a GPU; a CPU allocator raises the base class."""
-    return isinstance(error, torch.OutOfMemoryError) or "you tried to allocate" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "tried to allocate" in str(error).lower()

@@ -50,15 +50,15 @@ class RowBits:
         self._refusal = None
 
     def library_products(self, settings: EngineSettings, replays: bool) -> bool:
-        """Whether a library computes products of the target, whose order of sums follows from the number of rows, or
-        where keys lie."""
+        """Whether a library computes products of the target, whose order of sums follows from the number of rows, as far
+        as is known."""
         if self.target.fused is not None:
-            return not self._all_by_kernel
-        return not self.watches(settings, replays) or self.refusal() is not None
+            return not products_by_kernel(self.target.ops)
+        return not self.watches(settings, replays) or self.refusal is not None
 
     def passes(self, settings: EngineSettings, replays: bool, nodes: int, trees: int) -> Passes:
-        """The passes of a call over ``trees`` trees of ``nodes`` nodes, 1 for plain decoding. replays: whether its steps
-        are captured. Those that are row-local are to be tried in their size (`refusal`)."""
+        """The passes of a call over ``trees`` trees of ``nodes`` nodes, 1 for plain decoding, as far as is known: what a
+        trial finds may change them. replays: whether its steps are captured."""
         ops, size = self.target.ops, (nodes, trees, *self._size)
         auto = settings.exact == "auto"
         kernels = exactness.keeps_kernels(*size) if auto else bool(settings.exact)
@@ -94,34 +94,38 @@ class RowBits:
         """Whether the target runs its own modules, and these row by row unless there is a `refusal`. Only under capture is
         that free: launched one by one, the ops of 30 layers took 51 ms of Python's time in place of 14 (2-core machine),
         where padding takes none."""
-        return self.target.fused is None and self._all_by_kernel and bool(settings.exact) and replays
+        kernels = products_by_kernel(self.target.ops) and self._attention_by_kernel
+        return self.target.fused is None and kernels and bool(settings.exact) and replays
 
     @property
     def tried(self) -> bool:
-        """Whether there is an answer of `refusal` for the present ops."""
-        known = bool(self._tried) or self._refusal is not None
-        return known and self._ops is decoding_ops(self.target.ops)
+        """Whether the modules have been tried with the present ops."""
+        return self._ops is decoding_ops(self.target.ops) and (bool(self._tried) or self._refusal is not None)
 
-    def refusal(self, size: tuple[int, int] | None = None, told: Callable[[str], None] | None = None) -> str | None:
-        """Why the target's modules can't run row by row; None where they can. size: trees and nodes of a pass to come,
-        which is tried once; None asks for what is known, or tries a small one. told: as in `Session`. A refusal holds for
-        all sizes: EAGLE's passes and plain decoding's must be of one kind."""
-        ops = decoding_ops(self.target.ops)
-        if ops is not self._ops:
-            self.forget()
-            self._ops = ops
-        untried = size not in self._tried if size else not self._tried
-        if untried and self._refusal is None:
-            trees, nodes = size or SMALL
-            if told is not None:
-                told(f"trying the target's modules on {trees} × {nodes} rows")
-            self._refusal = self._trial(ops, trees, nodes)
-            self._tried.add((trees, nodes))
-        return self._refusal
+    @property
+    def refusal(self) -> str | None:
+        """Why the target's modules can't run row by row; None where they can, or have not been tried. It holds for all
+        sizes: EAGLE's passes and plain decoding's must be of one kind."""
+        return self._refusal if self.tried else None
 
     def refuse(self, reason: str) -> None:
         """Hold the modules for refused: a pass has met what no trial has."""
         self._refusal = reason
+
+    def try_modules(self, size: tuple[int, int] | None = None, told: Callable[[str], None] | None = None) -> None:
+        """Try a size of pass, trees and nodes, once; None: a small one unless any has been tried. told: as in `Session`.
+        Raises what runs out of memory, and a user's mistake."""
+        ops = decoding_ops(self.target.ops)
+        if ops is not self._ops:
+            self.forget()
+            self._ops = ops
+        if self._refusal is not None or (size in self._tried if size else self._tried):
+            return
+        trees, nodes = size or SMALL
+        if told is not None:
+            told(f"trying the target's modules on {trees} × {nodes} rows")
+        self._refusal = self._trial(ops, trees, nodes)
+        self._tried.add((trees, nodes))
 
     def _trial(self, ops: Ops, trees: int, nodes: int) -> str | None:
         device = self.target.device
@@ -142,19 +146,14 @@ class RowBits:
     def _why_library(self, settings: EngineSettings, replays: bool) -> str:
         """Why a library computes products of a target."""
         if self.watches(settings, replays):
-            return str(self.refusal())
-        if not self._all_by_kernel:
+            return str(self.refusal)
+        if not products_by_kernel(self.target.ops):
             return "the kernels don't compute all its products"
         return "the kernels take the products of its own modules in captured steps alone"
 
     @property
     def _attention_by_kernel(self) -> bool:
         return kernel_serves_attention(self.target.ops, self.target.layer_shapes)
-
-    @property
-    def _all_by_kernel(self) -> bool:
-        """Whether kernels compute all products of the target, where its modules let them."""
-        return products_by_kernel(self.target.ops) and self._attention_by_kernel
 
     @property
     def _size(self) -> tuple[int, torch.dtype]:

@@ -67,11 +67,9 @@ class Session:
         that drives this one, which would wait forever, raises InvalidInputError. refresh: called first, when the turn
         has come. Raises OutOfMemoryError where caches, captures or a step don't fit; what was kept is then given back."""
         with self._turns.generation():
-            pad_rows = False
             try:
                 with self._on_device():
                     refresh()
-                    pad_rows = self.passes(call).pad_rows
                     steps = self._steps(call, stats)
                 with closing(steps):
                     while True:
@@ -84,7 +82,7 @@ class Session:
             except torch.OutOfMemoryError as error:
                 free = free_bytes(self.target.device)  # before anything is given back
                 self.forget()
-                batch, slots = len(call.prompts), call.slots(pad_rows)
+                batch, slots = len(call.prompts), call.slots(self.passes(call).pad_rows)
                 raise too_large(self.target, self.draft, batch, slots, call.shape, free, cause=error) from error
 
     @property
@@ -99,7 +97,7 @@ class Session:
         return self._bits.library_products(self.settings, self.replays)
 
     def passes(self, call: Call) -> Passes:
-        """How a call's target passes run."""
+        """How a call's target passes run, as far as is known."""
         nodes, batch = call.shape.total_token if call.speculative else 1, len(call.prompts)
         replays = self.replays
         trees = captured_rows(batch) if replays else batch
@@ -140,7 +138,7 @@ class Session:
             return
         with self.exclusive():
             try:
-                self._bits.refusal(told=self.told)
+                self._bits.try_modules(told=self.told)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -182,8 +180,10 @@ class Session:
         in_turns = captured and batch > 1 and self.captures.prefill_reason is None
         demand = Demand(batch, call.slots(passes.pad_rows), call.shape, passes.pad_rows, captured, in_turns)
         run, reused = self._run(call, passes, demand, self._common_prefix(call.prompts) if call.reuse_prefix else 0)
-        if passes.row_local and self._bits.refusal((run.caches.target.batch, run.nodes), self.told) is not None:
-            return None
+        if self._bits.watches(self.settings, captured):
+            self._bits.try_modules((run.caches.target.batch, run.nodes) if passes.row_local else None, self.told)
+            if self.passes(call) != passes:
+                return None
         static = self.captures.step(run, stats, self.told, required=required) if captured else None
         chunks = None
         if captured:

@@ -23,31 +23,31 @@ def check_row_local(target: Target, ops: Ops, trees: int = 1, nodes: int = 2) ->
     Raises NotRowLocal, naming the op, where they do what may not keep each row's bits, multiply by weights that
     ``ops.linear`` does not take, or give equal rows other bits; and what the modules raise themselves.
     """
-    kinds = torch.arange(nodes) % KINDS
-    rows = lone_rows(target, ops, trees, kinds)
-    for kind in range(min(KINDS, nodes)):
-        alone = lone_rows(target, ops, 1, torch.tensor([kind]))
-        if not equal_rows(rows[:, kinds == kind], alone):
+    kinds = (torch.arange(trees)[:, None] + torch.arange(nodes)) % KINDS  # no tree is its neighbour's copy
+    rows = lone_rows(target, ops, kinds)
+    for kind in kinds.unique():
+        alone = lone_rows(target, ops, kind.view(1, 1))
+        if not equal_rows(rows[kinds == kind], alone[0]):
             raise NotRowLocal(f"the bits of a row alone differ from those of its like among {trees} × {nodes}")
 
 
-def lone_rows(target: Target, ops: Ops, trees: int, kinds: torch.Tensor) -> torch.Tensor:
+def lone_rows(target: Target, ops: Ops, kinds: torch.Tensor) -> torch.Tensor:
     """The bits [trees, nodes, bytes] of logits and features of nodes that see nothing but themselves.
 
-    kinds: [nodes] int64 on the CPU, which token at which position each is.
+    kinds: [trees, nodes] int64 on the CPU, which token at which position each is.
     """
-    device, nodes, vocabulary = target.device, len(kinds), target.spec.vocab_size
+    (trees, nodes), vocabulary = kinds.shape, target.spec.vocab_size
     row, words = torch.arange(nodes), torch.zeros(nodes, -(-nodes // WORD_BITS), dtype=torch.int64)
     words[row, row // WORD_BITS] = torch.ones_like(row) << row % WORD_BITS
     tokens = (kinds + 1) * vocabulary // (KINDS + 1)  # the first may be padding, whose embedding is zero
-    tokens, depths, words = (part.to(device).repeat(trees, *(1,) * part.dim()) for part in (tokens, kinds + 1, words))
-    kv_len = torch.zeros(trees, dtype=torch.int64, device=device)
+    tokens, depths, words = (part.to(target.device) for part in (tokens, kinds + 1, words.repeat(trees, 1, 1)))
+    kv_len = torch.zeros(trees, dtype=torch.int64, device=target.device)
     cache = target.new_cache(trees, -(-nodes // WORD_BITS) * WORD_BITS)
     tree = {"depths": depths, "tree_words": words}
     made = target.forward(tokens, cache, kv_len, **tree, ops=ops, row_local=True)
-    return torch.cat([part.contiguous().view(torch.uint8) for part in made], dim=-1)
+    return torch.cat([part.contiguous().view(torch.uint8) for part in made], dim=-1).cpu()
 
 
 def equal_rows(rows: torch.Tensor, alone: torch.Tensor) -> bool:
-    """Whether all ``rows`` [trees, nodes, bytes] have the bits of ``alone`` [1, 1, bytes]."""
+    """Whether all ``rows`` [n, bytes] have the bits of ``alone`` [1, bytes]."""
     return torch.equal(rows, alone.expand_as(rows))
