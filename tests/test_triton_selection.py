@@ -247,7 +247,7 @@ def test_calls_beyond_a_bound_go_to_pytorch():
 
 
 def test_decoding_ops_lift_the_bound_on_rows_alone():
-    assert decoding_ops(TORCH_OPS) is TORCH_OPS
+    assert decoding_ops(TORCH_OPS) == TORCH_OPS
     ran, plan = [], Plan(H100, FP32)
 
     def served(op):
