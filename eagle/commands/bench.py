@@ -79,12 +79,10 @@ def accept(
     from eagle.commands.reply import NO_TEMPLATE, encode_prompt, has_template
 
     tokenizer = loaded.get_tokenizer()
-    raw = not has_template(tokenizer)
-    note(*notes, *([NO_TEMPLATE] if raw else []))
-    if loaded.device.type == "cpu":
-        note(SLOW_ON_CPU)
+    raw, on_cpu = not has_template(tokenizer), loaded.device.type == "cpu"
+    note(*notes, *([NO_TEMPLATE] if raw else []), *([SLOW_ON_CPU] if on_cpu else []))
     if batch is None:
-        batch = 1 if loaded.device.type == "cpu" else GPU_BATCH
+        batch = 1 if on_cpu else GPU_BATCH
     done = 0
     with progress("prompts") as told:
         told("EAGLE and plain", done, len(chosen))

@@ -104,7 +104,7 @@ def equality(
         from eagle.model.ops import TreeShape
         from eagle.model.triton_kernels import optimize_eagle_with_triton
 
-        if loaded.device.type == "cpu":
+        if loaded.device.type == "cpu" and not found:  # once, whatever the number of dtypes
             note(SLOW_ON_CPU)
         optimize_eagle_with_triton(
             loaded,

@@ -110,10 +110,8 @@ def run_report(ops: dict[str, dict[str, str]]) -> tuple[dict[str, str], list[dic
         if (own := os.environ.get(VARIABLE)) and not Path(own).is_file():
             words = f"{VARIABLE} is {own!r}, which is no file; without a GPU nothing reads it"
             problems.append(problem(words, f"unset {VARIABLE}, or name a table of 'eagle bench tune'"))
-        return {
-            "step": f"op by op: a capture needs an NVIDIA GPU, not {hardware.name}",
-            "tuned": "none: no GPU",
-        }, problems
+        step = f"op by op: a capture needs an NVIDIA GPU, not {hardware.name}"
+        return {"step": step, "tuned": "none: no GPU"}, problems
     step = "captured, one CUDA graph a step" if kernels else "op by op: no kernel serves, so the engine stays as loaded"
     if hardware.flash is not None and hardware.flash.problem is not None:
         words = f"{hardware.flash} can't be used: {hardware.flash.problem}"

@@ -135,11 +135,11 @@ def _settled(settings: EngineSettings, model: EaModel, ops: Ops) -> EngineSettin
     triton = any(isinstance(getattr(ops, op), Served) for op in OPS)
     if not kernel_serves_attention(ops, model.target.layer_shapes):
         if settings.exact is True:
-            size = largest_heads(model.target.layer_shapes)["head_size"]
+            size, device = largest_heads(model.target.layer_shapes)["head_size"], model.device.type
+            mend = ", or let the kernels serve" if device == "cuda" else ", or use a GPU"
             raise InvalidInputError(
-                f"exact is True, which needs the attention kernel, but no kernel serves attention ({model.device.type}, "
-                f"head size {size}); "
-                "leave it out, or " + ("let the kernels serve" if model.device.type == "cuda" else "use a GPU")
+                f"exact is True, which needs the attention kernel, but no kernel serves attention ({device}, head size "
+                f"{size}); leave it out{'' if isinstance(ops.attention, Served) else mend}"
             )
         settings = replace(settings, exact=False)
     if triton and model.device.type == "cuda":
